@@ -1,0 +1,2413 @@
+#!/usr/bin/env python3
+"""Receive webhook alerts of HPE Aruba Networking Central: prove that they are authentic, keep them, answer.
+
+    python3 central_webhook_client.py -i=input_info.json
+
+One file, Python 3.9 or newer, standard library only. It runs behind an HTTPS reverse proxy (nginx/centralwebhook.conf).
+A delivery is one POST. It is checked in this order: well-formed HTTP, path, signature over the raw body, age, not seen
+before. Then it is written (stdout, and log_file to the disk), and only then answered with 200: see `Receiver.accept`.
+
+The sections, pure functions first, sockets late (grep '^# ----' prints this map):
+
+    Constants and limits
+    Errors
+    Signature of classic Central: the part to copy
+    Signatures of the other senders
+    JSON, kept as it was written
+    HTTP message signatures of new Central (RFC 9421)
+    OIDC access tokens
+    Recent and new
+    Your own code: the function to edit
+    Output
+    Configuration
+    The way of a delivery: checks in their order, hints for the operator
+    HTTP: strict parsing of a request
+    HTTP server
+    The OIDC provider's keys
+    Life: signals, systemd
+    Command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import collections
+import contextlib
+import difflib
+import email.utils
+import errno
+import functools
+import hashlib
+import hmac
+import http.client
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import sys
+import threading
+import time
+import urllib.parse
+from datetime import datetime, timedelta, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
+
+if sys.platform != "win32":
+    import fcntl
+
+# ---- Constants and limits ---------------------------------------------------
+
+VERSION = "1.0.0"
+PROGRAM = "central_webhook_client.py"
+
+MAX_REQUEST_LINE_BYTES = 8 * 1024  # nginx's own limit
+MAX_HEADER_BYTES = 64 * 1024  # all header fields of a request
+MAX_HEADER_FIELDS = 100
+MAX_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which nobody uses
+RECEIVE_BYTES = 64 * 1024  # one recv takes a whole usual request: headers and body
+KEEP_ALIVE_SECONDS = 75.0  # above nginx's 60, so that nginx closes first and never meets a closed connection
+LISTEN_QUEUE = 1024  # socketserver's 5 loses most of a burst of connections
+WORKER_IDLE_SECONDS = 30.0  # a thread without a connection ends after this
+LINGER_SECONDS = 2.0  # a refused sender is read from this long, so that it can read the answer
+MAX_LINGERING = 1024  # connections above max_connections that wait for that
+DRAIN_SECONDS = 10.0  # after SIGTERM: for requests in flight
+DRAIN_QUIET_SECONDS = 0.5  # after SIGTERM: for what is already on its way on a connection kept alive
+MAX_FUTURE_SECONDS = 15 * 60  # a sender's clock may be this much ahead
+REMEMBERED_DELIVERIES = 100_000  # of each webhook
+REJECTION_LINES_PER_SECOND = 10
+MAX_LABELS = 4  # signatures tried in one Signature header
+PROVIDER_SECONDS = 5.0  # an OIDC provider's answer, and the pause between two questions is twice that
+MAX_PROVIDER_BYTES = 512 * 1024
+PROVIDER_KEYS_SECONDS = 3600.0  # a key that the provider has withdrawn is trusted no longer than this
+MAX_KEYS_TRIED = 16
+MIN_RSA_BITS, MAX_RSA_BITS = 2048, 16384
+TOKEN_LEEWAY_SECONDS = 60
+
+# ---- Errors -----------------------------------------------------------------
+
+EX_CANNOT_SERVE, EX_USAGE, EX_CONFIG = 1, 2, 78  # exit codes; 78 is that of sysexits.h
+STDOUT = 1
+
+REFUSALS = {  # reason, as in the metrics and the log: (status, error in the answer)
+    "malformed": (400, "bad request"),
+    "signature": (401, "unauthorized"),
+    "api_key": (401, "unauthorized"),
+    "oidc": (401, "unauthorized"),
+    "stale": (401, "unauthorized"),
+    "not_found": (404, "not found"),
+    "method": (405, "method not allowed"),
+    "timeout": (408, "request timeout"),
+    "no_length": (411, "length required"),
+    "body_too_large": (413, "body too large"),
+    "target_too_long": (414, "request line too long"),
+    "headers_too_large": (431, "header fields too large"),
+    "coding": (501, "transfer coding not implemented"),
+    "version": (505, "http version not supported"),
+    "in_progress": (503, "unavailable"),
+    "output": (503, "unavailable"),
+    "handler": (503, "unavailable"),
+    "provider": (503, "unavailable"),
+    "overload": (503, "unavailable"),
+}
+
+
+class Refusal(Exception):
+    """A request is not accepted. `reason` is a key of REFUSALS, `detail` is for the operator's log, never for the sender."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.webhook = reason, ""
+
+
+class OutputError(Exception):
+    """Something accepted could not be written; the message says where and why."""
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; one argument for each mistake."""
+
+
+# ---- Signature of classic Central: the part to copy --------------------------
+# Needs base64, hmac and typing. Source: Central's "Webhooks" help page and the vendor's sample.
+
+
+class SignatureError(Exception):
+    """The sender did not prove that it knows the token. The message names the cause and holds no secret."""
+
+
+class HeaderSignature(NamedTuple):
+    """How a sender signs with HMAC-SHA256 into one header. Names in lower case."""
+
+    header: str
+    prefix: str
+    encode: Callable[[bytes], bytes]
+    signed_headers: Sequence[str]  # their values follow the body in the signed bytes, nothing between
+
+
+CENTRAL = HeaderSignature(
+    "x-central-signature",
+    "",
+    base64.b64encode,
+    ("x-central-service", "x-central-delivery-id", "x-central-delivery-timestamp"),
+)
+
+
+def verify_signature(
+    body: bytes, headers: Mapping[str, str], tokens: Sequence[str], scheme: HeaderSignature = CENTRAL
+) -> int:
+    """Verify that `body` and the signed headers come from somebody who knows one of the `tokens`.
+
+    `body` is the raw body, before anything decoded it. `headers` finds values by lower-case name, decoded as ISO-8859-1
+    (what WSGI and http.server do); make sure that none of them occurred twice. A normal return is the position of the
+    token that matched. It proves neither that the delivery is new nor recent: the signature can be replayed, and as
+    nothing separates the signed values, bytes can be moved from one header to its neighbour.
+
+    Raises:
+        SignatureError: a header is missing or empty, or no token matches.
+        ValueError: a token is empty, so that anybody could sign.
+    """
+    missing = [name for name in (scheme.header, *scheme.signed_headers) if not headers.get(name)]
+    if missing:
+        raise SignatureError("missing or empty: " + ", ".join(missing))
+    try:
+        received = headers[scheme.header].encode("latin-1")
+        signed = b"".join([body, *(headers[name].encode("latin-1") for name in scheme.signed_headers)])
+    except UnicodeEncodeError:
+        raise SignatureError("a signed header is not ISO-8859-1") from None
+    for position, token in enumerate(tokens):
+        if not token:
+            raise ValueError("an empty token")
+        digest = hmac.digest(token.encode(), signed, "sha256")
+        # Security: compare in constant time, in the encoded form, and as bytes. `==` leaks how many characters are
+        # right, decoding first accepts other spellings, and compare_digest raises TypeError for non-ASCII str.
+        if hmac.compare_digest(scheme.prefix.encode() + scheme.encode(digest), received):
+            return position
+    raise SignatureError(scheme.header + " does not match")
+
+
+# ---- Signatures of the other senders ------------------------------------------
+
+HEADER_SIGNATURES = {  # a sender of this kind is one line: header, prefix, encoding, signed headers
+    "central": CENTRAL,
+    "ip-fabric": HeaderSignature("x-ipf-signature", "", binascii.hexlify, ()),
+    "bracken": HeaderSignature("authorization", "HMACSHA256 ", base64.b64encode, ()),
+    "entrupy": HeaderSignature("entrupy-signature", "SHA256:", base64.b64encode, ()),
+}
+TYPES = (*HEADER_SIGNATURES, "new-central")
+
+
+class Request(NamedTuple):
+    """One HTTP request, its framing checked and nothing else: not yet trusted.
+
+    `headers` has lower-case names; values of a name that occurs several times are joined with ", " (RFC 9110 section
+    5.3), and the name is in `repeated` too. Text is decoded as ISO-8859-1, so that it encodes back.
+    """
+
+    method: str
+    path: str
+    query: Optional[str]  # what follows "?", None without "?"
+    version: str
+    headers: dict[str, str]
+    repeated: frozenset[str]
+    body: bytes = b""
+
+
+class ApiKey(NamedTuple):
+    """A shared secret demanded besides the signature, in a header or in a top-level field of the JSON body."""
+
+    place: str  # "header" or "field"
+    name: str  # of the header in lower case, or of the field
+    values: tuple[str, ...]
+
+
+def check_header_signature(request: Request, tokens: Sequence[str], scheme: HeaderSignature) -> int:
+    """Verify a request as `verify_signature` does, and that no header of the scheme, nor X-Central one, occurs twice."""
+    for name in request.repeated:
+        if name == scheme.header or scheme.signed_headers and name.startswith("x-central-"):
+            raise SignatureError(name + " occurs more than once")
+    return verify_signature(request.body, request.headers, tokens, scheme)
+
+
+def check_api_key(request: Request, api_key: ApiKey) -> None:
+    """Check one of the API keys: in the header, bare or after a scheme word, or in the field of the body.
+
+    Raises:
+        Refusal: the key is missing, there twice, or another one.
+    """
+    if api_key.place == "header":
+        value = "" if api_key.name in request.repeated else request.headers.get(api_key.name, "")
+        received = [value, value.partition(" ")[2]]
+    else:
+        text = json_text(request.body) or ""
+        found = [text[start:end] for start, end in find_top_level_field(text, api_key.name)]
+        received = [json.loads(found[0]) if len(found) == 1 and found[0].startswith('"') else ""]
+    if not received[0]:
+        raise Refusal("api_key", f"the {api_key.place} {api_key.name!r} is missing, empty or there twice")
+    pairs = itertools.product(api_key.values, received)
+    if not any([hmac.compare_digest(ours.encode(), theirs.encode(errors="replace")) for ours, theirs in pairs]):
+        raise Refusal("api_key", f"the {api_key.place} {api_key.name!r} holds another key")
+
+
+# ---- JSON, kept as it was written ----------------------------------------------
+
+
+def parse_integer(text: str) -> Any:
+    """Return the int, or the float of numbers so long that Python refuses to make an int of them."""
+    return int(text) if len(text) < 4000 else float(text)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+# Numbers stay text: the decoder only has to tell whether it is JSON, and int() refuses numbers of 4300 digits.
+_VALIDATOR = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
+# Control characters, and those that reorder, hide or break text: bidi controls, zero-width, separators, surrogates.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f]"
+)
+
+
+def json_text(body: bytes) -> Optional[str]:
+    """Return the body as text if it is JSON in UTF-8 (RFC 8259), None otherwise."""
+    try:
+        text = body.decode()
+        _VALIDATOR.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return text
+
+
+def parse_json_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object strictly. Raises ValueError for everything else, a key given twice included."""
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique_object, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    return value
+
+
+def find_top_level_field(text: str, name: str) -> list[tuple[int, int]]:
+    """Return where in a JSON text the plain values of the top-level fields called `name` stand: (start, end) each."""
+    spans, depth, before = [], 0, ["", ""]
+    for match in _JSON_TOKEN.finditer(text):
+        token = match[0]
+        if depth == 1 and before[1] == ":" and json.loads(before[0]) == name:
+            spans.append(match.span())
+        depth += (token in "{[") - (token in "}]")
+        before = [before[1], token]
+    return spans
+
+
+def ascii_line(text: str) -> str:
+    """Bring a JSON text into one line of ASCII; numbers, order and spelling stay. Outside strings white space only."""
+    if not text.isascii():
+        text = re.sub("[^\x00-\x7f]+", lambda run: json.dumps(run[0])[1:-1], text)
+    return re.sub("[\t\n\r]+", " ", text).replace("\x7f", "\\u007f")
+
+
+def escape_text(text: str) -> str:
+    r"""Escape what could move the cursor of a terminal, reorder its text or begin a line, as JSON does: \u202e."""
+    return _UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1].replace("\x7f", "\\u007f"), text)
+
+
+def indent_json(text: str) -> str:
+    """Indent a JSON text by 2, non-ASCII readable, control characters escaped; numbers, order and spelling stay."""
+    pieces, depth, before = [], 0, ""
+    for token in _JSON_TOKEN.findall(text):
+        depth -= token in "}]"
+        if before and (before in "{[," and token not in "}]" or token in "}]" and before not in "{["):
+            pieces.append("\n" + "  " * min(depth, 30))
+        depth += token in "{["
+        if token.startswith('"'):
+            token = escape_text(json.dumps(json.loads(token), ensure_ascii=False))
+        pieces.append(": " if token == ":" else token)
+        before = token
+    return "".join(pieces)
+
+
+# ---- HTTP message signatures of new Central (RFC 9421) -------------------------
+
+# Security: these are the grammars of RFC 8941 section 3, nothing laxer. A string that may hold a line feed lets an
+# attacker write lines of the signature base (RFC 9421 section 7.5.3).
+_SF_KEY = re.compile(r"[a-z*][a-z0-9_.*-]*")
+_SF_BARE_ITEM = re.compile(
+    r'(?P<integer>-?[0-9]{1,15})(?![0-9.])|"(?P<string>(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"'
+    r"|(?P<other>:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?:|\?[01]"
+    r"|-?[0-9]{1,12}\.[0-9]{1,3}(?![0-9.])|[A-Za-z*][!#$%&'*+\-.^_`|~0-9A-Za-z:/]*)"
+)
+
+
+class Item(NamedTuple):
+    """A member of a structured field. `value` is an int, a str, a list of items (an inner list), or None: another type.
+    `text` is its canonical form without parameters; bytes are not decoded, since they are compared encoded."""
+
+    value: Any
+    text: str
+    parameters: dict[str, Item]
+
+    def __str__(self) -> str:
+        """Serialise canonically (RFC 8941 section 4.1)."""
+        return self.text + "".join(f";{k}" if v.text == "?1" else f";{k}={v.text}" for k, v in self.parameters.items())
+
+
+class StructuredField:
+    """Reads one structured field strictly. A class because the position in the text moves along with every step."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.position = text.strip(" "), 0
+
+    def take(self, pattern: str | re.Pattern[str]) -> re.Match[str]:
+        """Step over what must be here."""
+        match = re.compile(pattern).match(self.text, self.position)
+        if not match:
+            raise SignatureError(f"a structured field is malformed at character {self.position + 1}")
+        self.position = match.end()
+        return match
+
+    def bare_item(self) -> Item:
+        """Read an item without parameters (section 4.2.3.1)."""
+        match = self.take(_SF_BARE_ITEM)
+        if match["integer"]:
+            return Item(int(match[0]), str(int(match[0])), {})
+        return Item(None if match["string"] is None else re.sub(r"\\(.)", r"\1", match["string"]), match[0], {})
+
+    def parameters(self) -> dict[str, Item]:
+        """Read parameters (section 4.2.3.2); a name given again overwrites, its place stays."""
+        found = {}
+        while self.take(";? *")[0].startswith(";"):
+            name = self.take(_SF_KEY)[0]
+            found[name] = self.bare_item() if self.take("=?")[0] else Item(None, "?1", {})
+        return found
+
+    def member(self) -> Item:
+        """Read an item or an inner list, with its parameters (sections 4.2.1.1 and 4.2.1.2)."""
+        if not self.take(r"(?:\( *)?")[0]:
+            return self.bare_item()._replace(parameters=self.parameters())
+        items: list[Item] = []
+        while not self.take(r"\)?")[0]:
+            if items and self.text[self.position - 1] != " ":
+                raise SignatureError("two items of an inner list stand without a space between")
+            items.append(self.bare_item()._replace(parameters=self.parameters()))
+            self.take(" *")
+        return Item(items, f"({' '.join(map(str, items))})", self.parameters())
+
+    def dictionary(self) -> dict[str, Item]:
+        """Read the whole text as a dictionary (section 4.2.2). A key that occurs twice is an error, unlike there."""
+        found: dict[str, Item] = {}
+        while True:
+            key = self.take(_SF_KEY)[0]
+            if key in found:
+                raise SignatureError(f"{key!r} occurs twice in a structured field")
+            found[key] = self.member() if self.take("=?")[0] else Item(None, "?1", self.parameters())
+            self.take("[ \t]*")
+            if self.position == len(self.text):
+                return found
+            self.take(",[ \t]*")
+
+
+class PublicUrl(NamedTuple):
+    """The parts of the URL as typed into Central that RFC 9421 section 2.2 signs."""
+
+    without_query: str
+    scheme: str
+    authority: str
+    path: str
+
+
+def parse_public_url(url: str) -> PublicUrl:
+    """Split an absolute http or https URL. Raises ValueError with what is wrong with it."""
+    parts = urllib.parse.urlsplit(url)
+    if not re.fullmatch(r"[\x21-\x7e]+", url) or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("expected an http or https URL")
+    if "@" in parts.netloc or "#" in url:
+        raise ValueError("expected a URL without user and fragment")
+    default_port = {"http": 80, "https": 443}[parts.scheme]
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname  # urlsplit has made it lower case
+    authority = host if parts.port in (None, default_port) else f"{host}:{parts.port}"
+    return PublicUrl(url.partition("?")[0], parts.scheme, authority, parts.path or "/")
+
+
+def encode_query(text: str) -> str:
+    """Percent-encode a parameter of the query (RFC 9421 section 2.2.8)."""
+    return urllib.parse.quote(text, safe="*-._").replace("~", "%7E")
+
+
+def component_value(request: Request, component: Item, url: PublicUrl, target: str) -> str:
+    """Return the value of a covered component (RFC 9421 sections 2.1, 2.2). Raises SignatureError where there is none."""
+    name, query = component.value, "" if request.query is None else "?" + request.query
+    values: dict[str, Optional[str]] = {
+        "@method": request.method,
+        "@target-uri": target + query,
+        "@authority": url.authority,
+        "@scheme": url.scheme,
+        "@request-target": url.path + query,
+        "@path": url.path,
+        "@query": query or "?",
+    }
+    value = values.get(name) if name.startswith("@") else request.headers.get(name)
+    if component.parameters:
+        value = None
+        if name == "@query-param" and list(component.parameters) == ["name"]:
+            pairs = urllib.parse.parse_qsl(query[1:], keep_blank_values=True)
+            found = [encode_query(v) for k, v in pairs if encode_query(k) == component.parameters["name"].value]
+            value = found[0] if len(found) == 1 else None
+    if value is None:
+        raise SignatureError(f"the covered component {component} is missing or not supported")
+    return value
+
+
+def signature_base(request: Request, covered: Item, url: PublicUrl, target: str) -> bytes:
+    """Return the bytes to sign (RFC 9421 section 2.5): a line for each component, and the re-serialised list."""
+    lines = [f"{item}: {component_value(request, item, url, target)}" for item in covered.value]
+    return "\n".join([*lines, f'"@signature-params": {covered}']).encode("latin-1")
+
+
+_SIGNATURE_PARAMETERS = {"created": int, "expires": int, "nonce": str, "alg": str, "keyid": str, "tag": str}
+
+
+def check_coverage(covered: Item, now: float) -> None:
+    """Check what a signature covers and claims; `now` is in epoch seconds.
+
+    Raises:
+        SignatureError: it leaves out the method, the target or a time; has an unknown parameter, another algorithm or a
+            component twice; or has expired.
+    """
+    if not isinstance(covered.value, list) or not all(isinstance(item.value, str) for item in covered.value):
+        raise SignatureError("a member of signature-input is no list of strings")
+    names, values = {str(item)[1:-1] for item in covered.value}, {k: v.value for k, v in covered.parameters.items()}
+    if len(names) < len(covered.value):
+        raise SignatureError("a component is covered twice")
+    for name, value in values.items():
+        if not isinstance(value, _SIGNATURE_PARAMETERS.get(name, ())):
+            raise SignatureError(f"the signature parameter {name!r} is unknown or of the wrong type")
+    if values.get("alg", "hmac-sha256") != "hmac-sha256":
+        raise SignatureError(f"the algorithm is {values['alg']!r}, expected 'hmac-sha256'")
+    if values.get("expires", now) < now:
+        raise SignatureError(f"the signature expired {now - values['expires']:.0f} s ago")
+    if "@method" not in names or not ("@target-uri" in names or {"@authority", "@path"} <= names):
+        raise SignatureError("the signature does not cover @method, and @target-uri or @authority and @path")
+    if "date" not in names and "created" not in values:
+        raise SignatureError("the signature covers no time: neither date nor created")
+
+
+def check_content_digest(request: Request) -> None:
+    """Check the body against its Content-Digest (RFC 9530): every sha-256 and sha-512 in it, at least one of them."""
+    digests = StructuredField(request.headers["content-digest"]).dictionary()
+    known = [name for name in ("sha-256", "sha-512") if name in digests]
+    for name in known:
+        digest = hashlib.new(name.replace("-", ""), request.body).digest()
+        if not hmac.compare_digest(b":%b:" % base64.b64encode(digest), digests[name].text.encode()):
+            known = []
+    if not known:
+        raise SignatureError("content-digest does not match the body, or has neither sha-256 nor sha-512")
+
+
+def sign_base(token: str, base: bytes) -> list[bytes]:
+    """Return the signatures that a token may make, as structured bytes: of its text, and of its bytes where it is
+    hexadecimal, since nobody has published which of both new Central means."""
+    is_hex = re.fullmatch(r"(?:[0-9a-fA-F]{2})+", token)
+    keys = [token.encode(), bytes.fromhex(token)] if is_hex else [token.encode()]
+    return [b":%b:" % base64.b64encode(hmac.digest(key, base, "sha256")) for key in keys]
+
+
+def verify_message_signature(
+    request: Request, tokens: Sequence[str], url: PublicUrl, now: float
+) -> tuple[int, Optional[float]]:
+    """Verify an hmac-sha256 signature over an HTTP message (RFC 9421) as new Central makes it.
+
+    Scheme, authority and path are those of `url`, never of the request. A normal return is the position of the token
+    that matched, and the signed time in epoch seconds (None: not understood). It proves nothing of the body unless the
+    signature covers content-digest.
+
+    Raises:
+        SignatureError: a header is missing or malformed, or no label has a good signature: then why the last has none.
+    """
+    fields = [request.headers.get(name, "") for name in ("signature-input", "signature")]
+    if not all(fields):
+        raise SignatureError("missing or empty: signature or signature-input")
+    inputs, signatures = (StructuredField(text).dictionary() for text in fields)
+    if max(len(inputs), len(signatures)) > MAX_LABELS:
+        raise SignatureError(f"more than {MAX_LABELS} signatures")
+    failure = SignatureError("no label stands in both signature and signature-input")
+    for label in [label for label in inputs if label in signatures]:
+        covered, received = inputs[label], signatures[label].text.encode()
+        try:
+            check_coverage(covered, now)
+            has_path = url.without_query.count("/") > 2  # without, signers differ on whether they add the "/"
+            targets = [url.without_query] if has_path else [url.without_query, url.without_query + "/"]
+            bases = [signature_base(request, covered, url, target) for target in targets]
+            for position, token in enumerate(tokens):
+                if any([hmac.compare_digest(s, received) for base in bases for s in sign_base(token, base)]):
+                    if any(item.value == "content-digest" for item in covered.value):
+                        check_content_digest(request)
+                    created = covered.parameters.get("created")
+                    return position, created.value if created else parse_http_date(request.headers["date"])
+            raise SignatureError("signature does not match")
+        except SignatureError as error:  # RFC 9421 section 7.2.6: a bad signature beside a good one does no harm
+            failure = error
+    raise failure
+
+
+# ---- OIDC access tokens ---------------------------------------------------------
+
+
+class Oidc(NamedTuple):
+    """What an access token must say, as configured."""
+
+    well_known_url: str
+    audience: Optional[str]
+    client_id: Optional[str]
+    issuer: Optional[str]
+
+
+class RsaKey(NamedTuple):
+    """A provider's public key: key ID and algorithm ("" = any) where it names them, modulus, exponent."""
+
+    kid: Optional[str]
+    algorithm: str
+    n: int
+    e: int
+
+
+RSA_ALGORITHMS = {  # RFC 7518 section 3.3; the DigestInfo prefixes are those of RFC 8017 section 9.2, note 1
+    "RS256": ("sha256", bytes.fromhex("3031300d060960864801650304020105000420")),
+    "RS384": ("sha384", bytes.fromhex("3041300d060960864801650304020205000430")),
+    "RS512": ("sha512", bytes.fromhex("3051300d060960864801650304020305000440")),
+}
+
+
+def decode_base64url(text: str) -> bytes:
+    """Decode base64url without padding (RFC 7515 section 2), strictly. Raises ValueError."""
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if base64.urlsafe_b64encode(data).rstrip(b"=") != text.encode():
+        raise ValueError("not base64url")
+    return data
+
+
+def is_rsa_signature(signed: bytes, signature: bytes, algorithm: str, key: RsaKey) -> bool:
+    """Tell whether `signature` is that of `key` over `signed` (RSASSA-PKCS1-v1_5, RFC 8017 section 8.2.2)."""
+    digest, prefix = RSA_ALGORITHMS[algorithm]
+    size, number = (key.n.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+    if len(signature) != size or number >= key.n:
+        return False
+    # Security: build the one block that is right and compare it whole. Parsing the padding of what came in is how
+    # forged signatures for small exponents got through (Bleichenbacher 2006).
+    tail = b"\x00" + prefix + hashlib.new(digest, signed).digest()
+    expected = b"\x00\x01" + b"\xff" * (size - len(tail) - 2) + tail
+    return hmac.compare_digest(expected, pow(number, key.e, key.n).to_bytes(size, "big"))
+
+
+def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
+    """Return the RSA signing keys of a JWK set (RFC 7517) that are safe to use. Raises ValueError if it is none."""
+    if not isinstance(jwks.get("keys"), list):
+        raise ValueError("the answer is no JWK set")
+    keys = []
+    for jwk in jwks["keys"]:
+        if not isinstance(jwk, dict) or jwk.get("kty") != "RSA" or jwk.get("use", "sig") != "sig":
+            continue
+        try:
+            n, e = (int.from_bytes(decode_base64url(str(jwk.get(name, ""))), "big") for name in ("n", "e"))
+        except ValueError:
+            continue
+        if MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS and n % 2 and e % 2 and 3 <= e < 2**64:
+            keys.append(RsaKey(jwk.get("kid"), str(jwk.get("alg", "")), n, e))
+    return keys
+
+
+KeysFor = Callable[[Optional[str], str], tuple[str, Sequence[RsaKey]]]
+
+
+def verify_access_token(request: Request, oidc: Oidc, keys_for: KeysFor, now: float) -> None:
+    """Verify `Authorization: Bearer` with a JWT signed RS256, RS384 or RS512 (RFC 6750, 7519, 8725, 9068).
+
+    `keys_for(kid, algorithm)` returns the provider's issuer and keys; `now` is in epoch seconds.
+
+    Raises:
+        Refusal: the token is missing, not valid, not for us or not now.
+    """
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    parts = token.split(".")
+    try:
+        if scheme.lower() != "bearer" or len(parts) != 3 or "authorization" in request.repeated:
+            raise ValueError
+        (header, claims), signature = map(parse_json_object, map(decode_base64url, parts[:2])), decode_base64url(parts[2])
+    except ValueError:
+        raise Refusal("oidc", "authorization is missing, there twice, or no bearer JWT") from None
+    algorithm, kid = header.get("alg"), header.get("kid")
+    # Security: the algorithm is one of ours, whatever the token says: "none" and HS256 with the public key as secret
+    # are the classic forgeries (RFC 8725 section 3.1). Keys come from the provider only, never from jku, x5u or jwk.
+    if not isinstance(algorithm, str) or algorithm not in RSA_ALGORITHMS:
+        raise Refusal("oidc", f"the access token's alg is {str(algorithm)[:20]!r}, expected RS256, RS384 or RS512")
+    if "crit" in header or not isinstance(kid, (str, type(None))):
+        raise Refusal("oidc", "the access token has critical extensions, or a kid that is no string")
+    issuer, keys = keys_for(kid, algorithm)
+    signed = f"{parts[0]}.{parts[1]}".encode()
+    if len(keys) > MAX_KEYS_TRIED or not any(is_rsa_signature(signed, signature, algorithm, key) for key in keys):
+        raise Refusal("oidc", f"the access token's signature fits none of {len(keys)} keys (at most {MAX_KEYS_TRIED})")
+    check_claims(claims, oidc, oidc.issuer or issuer, now)
+
+
+def check_claims(claims: dict[str, Any], oidc: Oidc, issuer: str, now: float) -> None:
+    """Check expiry, issuer, audience and client of a verified token (RFC 7519 section 4.1). Raises Refusal."""
+    for name, default in (("exp", None), ("nbf", now)):
+        value = claims.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e12:
+            raise Refusal("oidc", f"the access token's {name} is missing or no time")
+        late = now - value if name == "exp" else value - now
+        if late > TOKEN_LEEWAY_SECONDS:
+            raise Refusal("oidc", f"the access token's {name} is off by {late:.0f} s")
+    audience = claims.get("aud")
+    if claims.get("iss") != issuer:
+        raise Refusal("oidc", f"the access token is of another issuer, expected {issuer!r}")
+    if oidc.audience is not None and oidc.audience not in (audience if isinstance(audience, list) else [audience]):
+        raise Refusal("oidc", "the access token is for another audience")
+    if oidc.client_id is not None and oidc.client_id not in [claims.get(n) for n in ("azp", "client_id", "appid")]:
+        raise Refusal("oidc", "the access token is of another client")
+
+
+# ---- Recent and new ---------------------------------------------------------------
+
+_ISO_8601 = re.compile(
+    r"([0-9]{4})-?([0-9]{2})-?([0-9]{2})[Tt ]([0-9]{2}):?([0-9]{2}):?([0-9]{2})"
+    r"(?:[.,]([0-9]{1,20}))? ?(?:[Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9])?)?"
+)
+_EPOCH = re.compile(r"([0-9]{9,11}(?:\.[0-9]{1,9})?)|([0-9]{12,14})")
+
+
+def parse_delivery_timestamp(text: str) -> Optional[float]:
+    """Return the epoch seconds of an X-Central-Delivery-Timestamp, None if it is not understood.
+
+    The vendor documents ISO 8601 with an offset; a fraction, `Z`, no offset (UTC), epoch seconds and milliseconds are
+    accepted too, since nobody has published what is on the wire.
+    """
+    match = _EPOCH.fullmatch(text)
+    if match:
+        return float(match[1]) if match[1] else float(match[2]) / 1000
+    match = _ISO_8601.fullmatch(text)
+    try:
+        year, month, day, hour, minute, second = map(int, match.groups()[:6] if match else ())
+        moment = datetime(year, month, day, hour, minute, min(second, 59), tzinfo=timezone.utc)  # 60: a leap second
+    except ValueError:
+        return None
+    fraction, sign, hours, minutes = match.groups()[6:] if match else ()
+    offset = int(f"{sign or ''}1") * (int(hours or 0) * 3600 + int(minutes or 0) * 60)
+    return moment.timestamp() + float(f"0.{fraction or 0}") - offset if second < 61 else None
+
+
+def parse_http_date(text: str) -> Optional[float]:
+    """Return the epoch seconds of a Date header (RFC 9110 section 5.6.7), None if it is not understood."""
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+def check_age(sent: Optional[float], window_seconds: float, now: float) -> None:
+    """Check that a delivery was sent at most `window_seconds` ago; a window of 0 switches the check off.
+
+    Raises:
+        Refusal: it is older, too far in the future, or its time was not understood.
+    """
+    if not window_seconds:
+        return
+    if sent is None:
+        raise Refusal("stale", "its time stamp is not understood")
+    age = now - sent
+    if age > window_seconds:
+        raise Refusal("stale", f"sent {timedelta(seconds=round(age))} ago, allowed are {window_seconds / 3600:g} hours")
+    if age < -MAX_FUTURE_SECONDS:
+        raise Refusal("stale", f"sent {timedelta(seconds=round(-age))} in the future; is a clock off?")
+
+
+def short_digest(*parts: bytes) -> bytes:
+    """Return 128 bits that identify the parts. They are joined with NUL, which no header can hold."""
+    return hashlib.sha256(b"\0".join(parts)).digest()[:16]
+
+
+class Memory:
+    """What a webhook has accepted, so that nothing is accepted twice. A class because it is the state of section 6.
+
+    Always true: a key is in at most one of `seen` and `pending`; `seen` holds the keys of `order`, which forgets the
+    oldest. Each delivery has the keys that `identify` gives it, and is known if any of them is.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.seen: set[bytes] = set()
+        self.order: collections.deque[tuple[bytes, ...]] = collections.deque()
+        self.pending: set[bytes] = set()
+
+    def claim(self, keys: tuple[bytes, ...]) -> bool:
+        """Begin to keep a delivery: True if it is new, False if it has been kept already.
+
+        Raises:
+            Refusal: its twin is being kept right now.
+        """
+        with self.lock:
+            if not self.seen.isdisjoint(keys):
+                return False
+            if not self.pending.isdisjoint(keys):
+                raise Refusal("in_progress", "the same delivery is being written at this moment")
+            self.pending.update(keys)
+            return True
+
+    def settle(self, keys: tuple[bytes, ...], *, kept: bool) -> None:
+        """End what `claim` began: remember the delivery if it was kept."""
+        with self.lock:
+            self.pending.difference_update(keys)
+            if kept and keys:
+                self.seen.update(keys)
+                self.order.append(keys)
+                if len(self.order) > REMEMBERED_DELIVERIES:
+                    self.seen.difference_update(self.order.popleft())
+
+
+# ---- Your own code: the function to edit ---------------------------------------------
+
+
+class Delivery(NamedTuple):
+    """One verified, recent, new delivery."""
+
+    received_at: float  # epoch seconds
+    webhook: str  # the name in the configuration
+    type: str
+    delivery_id: Optional[str]  # X-Central-Delivery-ID; None for other senders
+    sent_at: Optional[str]  # the sender's own time stamp, as it wrote it, or ISO 8601
+    body: bytes  # raw, as it was signed
+    text: Optional[str]  # the JSON text, API key masked; None where the body is not JSON
+    key: Optional[str]  # identifies the delivery, also across machines; None where a repetition cannot be told
+
+    @property
+    def payload(self) -> Any:
+        """The alert as Python objects; None where the body is not JSON, or nested too deeply."""
+        try:
+            return None if self.text is None else json.loads(self.text, parse_int=parse_integer)
+        except RecursionError:
+            return None
+
+
+def handle_alert(delivery: Delivery) -> None:
+    """Do your own work with one alert: edit this function, or replace it by importing this file as a module.
+
+    Called for every verified, recent and new delivery, from several threads, before it is written and answered: be
+    quick, or hand over to a queue. An exception refuses the delivery with 503, so that it is sent again; if writing
+    fails afterwards, the same delivery comes a second time.
+    """
+
+
+# ---- Output ------------------------------------------------------------------------
+
+LOG = logging.getLogger(PROGRAM)
+
+
+@functools.lru_cache(maxsize=4)
+def _utc_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def format_utc(moment: float) -> str:
+    """Write epoch seconds as ISO 8601 in UTC with milliseconds."""
+    milliseconds = int(moment * 1000)
+    return f"{_utc_second(milliseconds // 1000)}.{milliseconds % 1000:03}Z"
+
+
+def render_json(delivery: Delivery) -> str:
+    """Render a delivery as one line of ASCII: a JSON object that still lacks its key, closing brace and line feed."""
+    if delivery.text is not None:
+        alert = ascii_line(delivery.text)
+    else:
+        try:
+            alert = f'null, "body": {json.dumps(delivery.body.decode())}'
+        except ValueError:
+            alert = f'null, "body_base64": "{base64.b64encode(delivery.body).decode()}"'
+    name, delivery_id, sent_at = map(json.dumps, (delivery.webhook, delivery.delivery_id, delivery.sent_at))
+    return (
+        f'{{"received_at": "{format_utc(delivery.received_at)}", "webhook": {name}, "type": "{delivery.type}", '
+        f'"delivery_id": {delivery_id}, "sent_at": {sent_at}, "alert": {alert}'
+    )
+
+
+_COLOURS = {"critical": "1;31", "major": "31", "minor": "33", "warning": "33", "info": "36", "close": "32", "cleared": "32"}
+
+
+def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: int) -> str:
+    """Render a delivery for a person: a header line, cut to `columns` (0: not), then the alert, indented."""
+    alert = delivery.payload
+    sources = [source for source in (alert, alert.get("details") if isinstance(alert, dict) else None) if isinstance(source, dict)]
+
+    def first(*names: str) -> str:
+        values = (source.get(name) for source in sources for name in names)
+        return next((escape_text(str(value)) for value in values if isinstance(value, (str, int)) and value != ""), "")
+
+    severity, state = first("severity") or "-", first("state", "status") or "-"
+    about = [first("description", "summary", "reason")]
+    about += [f"[{text}]" for text in (first("device_id", "serial", "deviceType"), first("site", "siteId")) if text]
+    fields = [  # text, width, colour
+        (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(delivery.received_at)), 19, "2"),
+        (escape_text(delivery.webhook), name_width, "1"),
+        (severity.upper(), 8, _COLOURS.get(severity.lower(), "")),
+        (state, 7, _COLOURS.get(state.lower(), "")),
+        (first("alert_type", "name", "event", "type", "text") or "(no name)", 24, "1"),
+        ("  ".join(filter(None, about)), 0, ""),
+    ]
+    header, left = "", columns or sys.maxsize
+    for text, width, code in fields:
+        text = text.ljust(width)
+        text = text if len(text) <= left else text[: max(left - 1, 0)] + "…"[:left]
+        header += (f"\x1b[{code}m{text}\x1b[0m" if colour and code else text) + "  "
+        left = max(left - len(text) - 2, 0)
+    if delivery.text is None:
+        shown = escape_text(delivery.body.decode(errors="backslashreplace"))
+    else:
+        shown = indent_json(delivery.text)
+    return header.rstrip() + "\n  " + shown.replace("\n", "\n  ") + "\n"
+
+
+class Entry:
+    """A delivery on its way to the outputs: what to write, until when (monotonic seconds), and what came of it."""
+
+    def __init__(self, shown: bytes, log_line: bytes, deadline: float) -> None:
+        self.shown, self.log_line, self.deadline = shown, log_line, deadline
+        self.failure: Optional[str] = None  # "" once it is kept
+
+
+class Outputs:
+    """stdout and the log file. A class because deliveries that arrive together share one write and one sync.
+
+    Whoever holds `turn` writes for all who wait (group commit): one alone waits for nobody, and while one batch goes to
+    the disk the next one gathers. Always true: the log ends with a whole line, or `cut_to` says where its last one ends.
+    """
+
+    def __init__(self, log_file: Optional[str], patience_seconds: float) -> None:
+        self.patience_seconds, self.log_path = patience_seconds, log_file
+        self.turn = threading.Lock()
+        self.waiting: collections.deque[Entry] = collections.deque()
+        self.torn = b""  # the rest of a line that stdout has taken half of: it goes first
+        self.failing = ""  # why, while the last attempt has failed
+        self.gone = threading.Event()  # nobody reads stdout any more
+        can_block = not stat.S_ISREG(os.fstat(STDOUT).st_mode)
+        self.poll = select.poll() if can_block and hasattr(select, "poll") else None
+        if self.poll:
+            self.poll.register(STDOUT, select.POLLOUT)
+        self.cut_to: Optional[int] = None
+        self.log = open_log(log_file) if log_file else None
+
+    def keep(self, shown: bytes, log_line: bytes) -> None:
+        """Write a delivery to stdout and then to the log, there on disk.
+
+        Raises:
+            OutputError: that could not be done in time. The log does not have it, stdout may.
+        """
+        entry = Entry(shown, log_line, time.monotonic() + self.patience_seconds)
+        self.waiting.append(entry)
+        if not self.turn.acquire(timeout=self.patience_seconds):
+            try:
+                self.waiting.remove(entry)
+                raise OutputError(f"the output has been stuck for {self.patience_seconds:g} s")
+            except ValueError:  # it is being written at this moment, so the outcome is not ours to decide
+                self.turn.acquire()
+        try:
+            if entry.failure is None:
+                self.write_waiting()
+        finally:
+            self.turn.release()
+        if entry.failure:
+            raise OutputError(entry.failure)
+
+    def write_waiting(self) -> None:
+        """Write all that waits, as one batch that succeeds or fails as a whole. Needs `turn`."""
+        batch = []
+        while self.waiting:
+            batch.append(self.waiting.popleft())
+        failure = "not written"
+        try:
+            self.write_stdout(b"".join([entry.shown for entry in batch]), batch[0].deadline)
+            if self.log is not None:
+                self.append_log(self.log, b"".join([entry.log_line for entry in batch]))
+            failure = ""
+        except OutputError as error:
+            failure = str(error)
+        finally:
+            if failure != self.failing:
+                LOG.log(logging.ERROR if failure else logging.INFO, "output: %s", failure or "works again")
+            self.failing = failure
+            for entry in batch:
+                entry.failure = failure
+
+    def write_stdout(self, data: bytes, deadline: float) -> None:
+        """Write to stdout; raise OutputError if its reader takes nothing until `deadline`, or is gone."""
+        data, start = self.torn + data, 0
+        size = select.PIPE_BUF if self.poll else len(data)  # as much never blocks once poll says "ready"
+        try:
+            while start < len(data):
+                wait = max(0, int(1000 * (deadline - time.monotonic())))
+                if self.poll and not self.poll.poll(wait):
+                    raise OutputError(f"stdout: its reader has taken nothing for {self.patience_seconds:g} s")
+                start += os.write(STDOUT, data[start : start + size])
+        except OSError as error:
+            if error.errno == errno.EPIPE or self.poll and error.errno in (errno.EIO, errno.ECONNRESET):
+                self.gone.set()
+            raise OutputError(f"stdout: {error.strerror}") from None
+        finally:
+            # Keep only what completes a line that is half out: what has not begun is answered 503 and comes again.
+            torn = start > 0 and data[start - 1 : start] != b"\n"
+            self.torn = data[start : data.find(b"\n", start) + 1] if torn else b""
+
+    def append_log(self, log: int, data: bytes) -> None:
+        """Append to the log, synced; on failure cut it back to its last whole line and raise OutputError."""
+        try:
+            self.cut_log(log)
+            self.cut_to = os.fstat(log).st_size
+            while data:
+                data = data[os.write(log, data) :]
+            getattr(os, "fdatasync", os.fsync)(log)  # macOS and Windows have no fdatasync
+            self.cut_to = None
+        except OSError as error:
+            with contextlib.suppress(OSError):  # cut_to stays, so the next append tries again before it writes
+                self.cut_log(log)
+            raise OutputError(f"{self.log_path}: {error.strerror}") from None
+
+    def cut_log(self, log: int) -> None:
+        """Cut off what a failed append has left."""
+        if self.cut_to is not None:
+            os.ftruncate(log, min(self.cut_to, os.fstat(log).st_size))
+            self.cut_to = None
+
+    def reopen(self, log_file: Optional[str], patience_seconds: float) -> None:
+        """Open the log again (logrotate has moved it), or another one; raise OutputError and keep the old one."""
+        with self.turn:
+            if not (log_file and self.log is not None and is_same_file(log_file, self.log)):
+                log = open_log(log_file) if log_file else None
+                if self.log is not None:
+                    os.close(self.log)
+                self.log, self.log_path, self.cut_to = log, log_file, None
+            self.patience_seconds = patience_seconds
+
+
+def is_same_file(path: str, descriptor: int) -> bool:
+    """Tell whether a path leads to an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def open_log(path: str) -> int:
+    """Open a log file to append to, for this process alone, and return its descriptor.
+
+    A half line at its end (power loss) was never answered with 200: it is cut off, and reported.
+
+    Raises:
+        OutputError: it cannot be opened, is no regular file, or another receiver writes to it.
+    """
+    try:
+        log = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o640)
+        try:
+            if not stat.S_ISREG(os.fstat(log).st_mode):
+                raise OutputError(f"{path}: not a regular file")
+            if sys.platform != "win32":
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+                os.fsync(directory)  # a new file's name has to survive a power loss too
+                os.close(directory)
+            half = next(lines_from_end(path))
+            if half:
+                os.ftruncate(log, os.fstat(log).st_size - len(half))
+                LOG.warning("%s: cut off a half line of %d bytes at its end", path, len(half))
+            return log
+        except BaseException:
+            os.close(log)
+            raise
+    except BlockingIOError:
+        raise OutputError(f"{path}: another receiver writes to it") from None
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}") from None
+
+
+def lines_from_end(path: str) -> Iterator[bytes]:
+    """Yield the lines of a file from the last to the first, without line feeds; first what follows the last one."""
+    with open(path, "rb") as file:
+        position = file.seek(0, os.SEEK_END)
+        parts: list[bytes] = []  # of the line that began before `position`, last part first
+        while position:
+            size = min(position, 1 << 20)
+            position -= size
+            file.seek(position)
+            head, *lines = file.read(size).split(b"\n")
+            if lines:
+                yield lines.pop() + b"".join(reversed(parts))
+                yield from reversed(lines)
+                parts = []
+            parts.append(head)
+        yield b"".join(reversed(parts))
+
+
+_LOG_LINE = re.compile(rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}', re.DOTALL)
+
+
+def load_memories(path: str, memories: Mapping[str, Memory]) -> int:
+    """Fill empty memories, by the name of the webhook, from the end of a log; return how many deliveries."""
+    found: dict[bytes, list[tuple[bytes, ...]]] = {json.dumps(name).encode(): [] for name in memories}
+    for line in itertools.islice(lines_from_end(path), 1 + REMEMBERED_DELIVERIES * len(memories)):
+        match = _LOG_LINE.fullmatch(line)
+        entries = found.get(match[1]) if match else None
+        if match and entries is not None and len(entries) < REMEMBERED_DELIVERIES:
+            with contextlib.suppress(ValueError):
+                entries.append(tuple(map(bytes.fromhex, match[2].decode().split("."))))
+    for memory, entries in zip(memories.values(), found.values()):
+        for keys in reversed(entries):
+            memory.settle(keys, kept=True)
+    return sum(map(len, found.values()))
+
+
+# ---- Configuration ---------------------------------------------------------------------
+
+
+class Webhook(NamedTuple):
+    """One configured sender, and what is remembered of it."""
+
+    name: str
+    type: str
+    path: Optional[str]  # None: any
+    tokens: tuple[str, ...]
+    replay_window_seconds: float
+    public_url: Optional[PublicUrl]
+    api_key: Optional[ApiKey]
+    provider: Optional[Provider]
+    memory: Memory
+    former_tokens: tuple[str, ...] = ()  # valid before the last reloads: only for the hint that one was used
+
+
+class Config(NamedTuple):
+    """A whole, valid configuration."""
+
+    host: str
+    port: int
+    log_file: Optional[str]
+    max_body_bytes: int
+    request_timeout_seconds: float
+    max_connections: int
+    webhooks: tuple[Webhook, ...]
+    warnings: tuple[str, ...] = ()
+
+
+OWN_PATHS = ("/health", "/metrics")
+_HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether `value` is a string that is not empty, with no white space around it nor control characters in it."""
+    return isinstance(value, str) and bool(value) and value == value.strip() and not _UNSAFE.search(value)
+
+
+def is_number(low: float, high: float, kind: Any = (int, float)) -> Callable[[Any], bool]:
+    """Make a test for numbers of a JSON file within bounds; true and false are none."""
+    return lambda value: isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_port(value: Any) -> bool:
+    """Tell whether `value` is a port, as a number or as its digits."""
+    digits = isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value)
+    return is_number(0, 65535, int)(int(value) if digits else value)
+
+
+def is_path(value: Any) -> bool:
+    """Tell whether `value` is the path of a request that is not one of our own."""
+    return isinstance(value, str) and bool(re.fullmatch(r"/[!-\"$->@-~]*", value)) and value not in OWN_PATHS
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address is this machine's own."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def is_provider_url(value: Any) -> bool:
+    """Tell whether `value` is an https URL, or an http one of this machine."""
+    try:
+        parts = urllib.parse.urlsplit(value if isinstance(value, str) else "")
+        host = parts.hostname or ""
+    except ValueError:
+        return False
+    return bool(host) and (parts.scheme == "https" or parts.scheme == "http" and is_loopback(host))
+
+
+class Key(NamedTuple):
+    """What a key of the configuration may hold, and its default; `...` stands for "required"."""
+
+    expected: str
+    accept: Callable[[Any], bool]
+    default: Any = None
+
+
+def _is_present(value: Any) -> bool:
+    return True  # checked by code of its own
+
+
+TOP_KEYS = {"webclient_info": Key("an object", _is_present, {}), "central_info": Key("an object", _is_present, {})}
+CENTRAL_KEYS = {"webhook": Key("an object or an array of objects", _is_present, {})}
+WEBCLIENT_KEYS = {
+    "host": Key("an address to bind", is_text, ...),
+    "port": Key("a port from 0 to 65535", is_port, ...),
+    "log_file": Key("a path", is_text),
+    "max_body_bytes": Key("a whole number from 1 to 2^30", is_number(1, 2**30, int), 1 << 20),
+    "request_timeout_seconds": Key("a number from 0.1 to 3600", is_number(0.1, 3600), 10),
+    "max_connections": Key("a whole number from 1 to 65535", is_number(1, 65535, int), 256),
+}
+WEBHOOK_KEYS = {
+    "name": Key("a string", is_text),
+    "type": Key("one of " + ", ".join(TYPES), lambda value: value in TYPES, "central"),
+    "path": Key("a path that begins with /, no query, not " + " or ".join(OWN_PATHS), is_path),
+    "token": Key("a string or an array of strings", _is_present),
+    "token_file": Key("a path", is_text),
+    "replay_window_hours": Key("a number from 0 to 87600", is_number(0, 87600), 48),
+    "public_url": Key("the URL as typed into Central", is_text),
+    "api_key": Key("an object", _is_present),
+    "oidc": Key("an object", _is_present),
+}
+API_KEY_KEYS = {
+    "header": Key("the name of a header", lambda value: isinstance(value, str) and bool(_HEADER_NAME.fullmatch(value))),
+    "field": Key("the name of a field", is_text),
+    "value": Key("a string or an array of strings", _is_present),
+}
+OIDC_KEYS = {
+    "well_known_url": Key("an https URL (http only to this machine)", is_provider_url, ...),
+    "audience": Key("a string", is_text),
+    "client_id": Key("a string", is_text),
+    "issuer": Key("a string", is_text),
+}
+
+
+class ConfigReader:
+    """Reads typed values out of a parsed configuration. A class because it gathers every mistake instead of raising."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.mistakes: list[str] = []
+        self.warnings: list[str] = []
+
+    def section(self, found: Any, where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
+        """Return the values of all `keys`, the default where one is missing or wrong."""
+        if not isinstance(found, dict):
+            self.mistakes.append(f"{where or 'the file'}: expected an object, found {describe_value(found)}")
+            return {name: None for name in keys}
+        prefix = f"{where}." if where else ""
+        for name in found.keys() - keys.keys():
+            nearest = difflib.get_close_matches(name, keys, 1, 0.0) or list(keys)
+            self.mistakes.append(f"{prefix}{name}: unknown key, the nearest known one is {nearest[0]!r}")
+        values = {name: key.default for name, key in keys.items()}
+        for name, key in keys.items():
+            if name in found and key.accept(found[name]):
+                values[name] = found[name]
+            elif name in found or key.default is ...:
+                shown = describe_value(found[name]) if name in found else "nothing"
+                self.mistakes.append(f"{prefix}{name}: expected {key.expected}, found {shown}")
+                values[name] = None
+        return values
+
+    def secrets(self, found: Any, where: str) -> tuple[str, ...]:
+        """Check a secret or an array of secrets; the mistakes do not show them."""
+        values = found if isinstance(found, list) and found else [found]
+        for index, value in enumerate(values):
+            problem = ""
+            if not isinstance(value, str) or not value:
+                problem = f"a string that is not empty, found {describe_value(value, secret=True)}"
+            elif value != value.strip():
+                problem = "no white space around it, found some"
+            elif value.startswith("<") and value.endswith(">"):
+                problem = "the real value, found the placeholder of the example"
+            elif re.search("[\ud800-\udfff]", value):
+                problem = "Unicode text, found a surrogate"
+            if problem:
+                self.mistakes.append(f"{where}[{index}]: expected {problem}" if found is values else f"{where}: expected {problem}")
+        return tuple(values)
+
+    def warn_if_readable(self, path: str) -> None:
+        """Warn if others than its owner can read a file with secrets."""
+        if os.name == "posix" and os.stat(path).st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            self.warnings.append(f"{path}: holds a secret, but group or others can read it (chmod 600)")
+
+    def token_file(self, path: str, where: str) -> tuple[str, ...]:
+        """Read the tokens of a file, one a line; ${VARIABLE} in its path is expanded."""
+        try:
+            path = re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], path)
+            path = os.path.join(self.folder, path)
+            with open(path, encoding="utf-8-sig") as file:
+                lines = [line for line in file.read(1 << 20).split("\n") if line]
+            self.warn_if_readable(path)
+        except KeyError as error:
+            self.mistakes.append(f"{where}: expected a variable of the environment, found no {error}")
+        except (OSError, ValueError) as error:
+            self.mistakes.append(f"{where}: {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
+        else:
+            return self.secrets(lines or "", where)
+        return ()
+
+    def webhook(self, found: Any, where: str, several: bool) -> Webhook:
+        """Read one webhook."""
+        read, mistakes = self.section(found, where, WEBHOOK_KEYS), self.mistakes
+        kind, has = read["type"], found if isinstance(found, dict) else {}
+        if several and "name" not in has:
+            mistakes.append(f"{where}.name: expected a string, found nothing: several webhooks need names")
+        tokens: tuple[str, ...] = ()
+        if ("token" in has) == ("token_file" in has):
+            mistakes.append(f"{where}.token: expected one of token and token_file, found {'both' if has.get('token') else 'none'}")
+        elif "token" in has:
+            tokens = self.secrets(has["token"], f"{where}.token")
+        elif read["token_file"]:
+            tokens = self.token_file(read["token_file"], f"{where}.token_file")
+        url = None
+        if (kind == "new-central") != ("public_url" in has):
+            mistakes.append(f"{where}.public_url: expected with type new-central, and only there")
+        elif read["public_url"]:
+            try:
+                url = parse_public_url(read["public_url"])
+            except ValueError as error:
+                mistakes.append(f"{where}.public_url: {error}, found {describe_value(read['public_url'])}")
+        api_key = provider = None
+        if "api_key" in has:
+            keys = self.section(has["api_key"], f"{where}.api_key", API_KEY_KEYS)
+            values = self.secrets(keys["value"], f"{where}.api_key.value")
+            if bool(keys["header"]) == bool(keys["field"]):
+                mistakes.append(f"{where}.api_key: expected one of header and field")
+            place = "header" if keys["header"] else "field"
+            api_key = ApiKey(place, str(keys["header"] or "").lower() or keys["field"], values)
+        if "oidc" in has:
+            oidc = Oidc(**self.section(has["oidc"], f"{where}.oidc", OIDC_KEYS))
+            if not (oidc.audience or oidc.client_id):
+                mistakes.append(f"{where}.oidc: expected audience or client_id or both, found neither")
+            provider = Provider(oidc)
+        scheme = HEADER_SIGNATURES.get(kind)
+        demanded = [scheme.header, *scheme.signed_headers] if scheme else ["signature", "signature-input"]
+        demanded += ["authorization"] if provider else []
+        demanded += [api_key.name] if api_key and api_key.place == "header" else []
+        for header in sorted({header for header in demanded if demanded.count(header) > 1}):
+            mistakes.append(f"{where}: two demands on the header {header}, which can hold only one")
+        window = (read["replay_window_hours"] or 0) * 3600 if kind in ("central", "new-central") else 0
+        path = read["path"] or (url.path if url else None)
+        return Webhook(read["name"] or kind, kind, path, tokens, window, url, api_key, provider, Memory())
+
+
+def describe_value(value: Any, secret: bool = False) -> str:
+    """Say what was found: a plain value as JSON, of others and of secrets only the type."""
+    if not secret and not isinstance(value, (dict, list)):
+        return escape_text(json.dumps(value))[:100]
+    kinds = {dict: "an object", list: "an array", str: "an empty string", bool: "a boolean", type(None): "nothing"}
+    return kinds.get(type(value), "a number")
+
+
+def read_config(text: bytes, folder: str = "") -> Config:
+    """Parse and check a configuration; relative paths are relative to `folder`. Reads token files and nothing else.
+
+    Raises:
+        ConfigError: one argument for each mistake.
+    """
+    reader = ConfigReader(folder)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        reader.mistakes.extend(f"{name}: the key occurs twice" for name in sorted(set(names)) if names.count(name) > 1)
+        return dict(pairs)
+
+    try:
+        parsed = json.loads(
+            text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=_refuse_constant, parse_int=parse_integer
+        )
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"line {error.lineno} column {error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not JSON in UTF-8: {error}") from None
+    top = reader.section(parsed, "", TOP_KEYS)
+    web = reader.section(top["webclient_info"], "webclient_info", WEBCLIENT_KEYS)
+    found, where = reader.section(top["central_info"], "central_info", CENTRAL_KEYS)["webhook"], "central_info.webhook"
+    if isinstance(found, list) and found:
+        webhooks = [reader.webhook(one, f"{where}[{index}]", len(found) > 1) for index, one in enumerate(found)]
+    else:
+        webhooks = [reader.webhook(found, where, False)]
+    names = [webhook.name for webhook in webhooks]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        reader.mistakes.append(f"{where}: expected a different name for each, found {json.dumps(name)} twice")
+    if reader.mistakes:
+        raise ConfigError(*reader.mistakes)
+    web["port"], web["log_file"] = int(web["port"]), web["log_file"] and os.path.join(folder, web["log_file"])
+    return Config(**web, webhooks=tuple(webhooks), warnings=tuple(reader.warnings))
+
+
+def load_config(path: str) -> Config:
+    """Read and check a configuration file. Raises ConfigError."""
+    reader = ConfigReader("")
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+        if b'"token"' in text or b'"value"' in text:
+            reader.warn_if_readable(path)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}") from None
+    config = read_config(text, os.path.dirname(path))
+    return config._replace(warnings=(*reader.warnings, *config.warnings))
+
+
+def describe_webhook(webhook: Webhook) -> str:
+    """Say in one line what a webhook demands of its sender, and what that does not protect."""
+    scheme = HEADER_SIGNATURES.get(webhook.type)
+    signed = " + ".join(["body", *scheme.signed_headers]) if scheme else "method, URL and time"
+    demands = [f"{scheme.header if scheme else 'signature, signature-input'} (HMAC-SHA256 over {signed})"]
+    if webhook.api_key:
+        demands.append(f"API key in {webhook.api_key.place} {webhook.api_key.name}")
+    if webhook.provider:
+        demands.append(f"OIDC access token by {webhook.provider.oidc.well_known_url}")
+    hours = webhook.replay_window_seconds / 3600
+    return "; ".join([
+        f"{webhook.name}: {webhook.type} at {webhook.path or 'any path'}: {', '.join(demands)}",
+        f"tokens: {len(webhook.tokens)}",
+        f"at most {hours:g} h old" if hours else "of any age",
+        "body protected" if scheme else "BODY NOT PROTECTED, unless the sender covers content-digest",
+        "repetitions are told" if webhook.type not in ("bracken", "entrupy") else "repetitions are not told",
+    ])  # fmt: skip
+
+
+# ---- The way of a delivery: checks in their order, hints for the operator -----------------
+
+
+class Proof(NamedTuple):
+    """What a delivery that passed every check of a webhook has proved."""
+
+    token: int  # position of the token that matched
+    sent_at: Optional[str]
+    delivery_id: Optional[str]
+    keys: tuple[bytes, ...]  # what the memory goes by
+
+
+def check_signature(webhook: Webhook, request: Request, now: float) -> tuple[int, Optional[float]]:
+    """Check the signature; return the token's position and the signed time (epoch seconds). Raises SignatureError."""
+    if webhook.public_url:
+        return verify_message_signature(request, webhook.tokens, webhook.public_url, now)
+    token = check_header_signature(request, webhook.tokens, HEADER_SIGNATURES[webhook.type])
+    sent_at = request.headers[CENTRAL.signed_headers[2]] if webhook.type == "central" else ""
+    return token, parse_delivery_timestamp(sent_at)
+
+
+def check_webhook(webhook: Webhook, request: Request, now: float) -> Proof:
+    """Check everything that a webhook demands of its sender, in this order. Raises Refusal."""
+    try:
+        token, sent = check_signature(webhook, request, now)
+    except SignatureError as error:
+        raise Refusal("signature", str(error)) from None
+    if webhook.api_key:
+        check_api_key(request, webhook.api_key)
+    if webhook.provider:
+        verify_access_token(request, webhook.provider.oidc, webhook.provider.keys_for, now)
+    check_age(sent, webhook.replay_window_seconds, now)
+    if webhook.type == "central":
+        signature, _, delivery_id, sent_at = (request.headers[name] for name in (CENTRAL.header, *CENTRAL.signed_headers))
+        # Security: bytes can be moved between the signed headers, so the signature names the delivery, not its ID; a
+        # retry that is signed anew has another signature, so its ID with the body names it as well.
+        keys = (short_digest(signature.encode()), short_digest(delivery_id.encode("latin-1"), request.body))
+        return Proof(token, sent_at, delivery_id, keys)
+    told = webhook.type not in ("bracken", "entrupy")  # their senders give nothing that tells a replay from a repetition
+    return Proof(token, None if sent is None else format_utc(sent), None, (short_digest(request.body),) if told else ())
+
+
+def check_webhooks(webhooks: Sequence[Webhook], request: Request, now: float) -> tuple[Webhook, Proof]:
+    """Return the first webhook whose checks all pass, with the proof. Raises Refusal: that of the one that got furthest."""
+    refusals = []
+    for webhook in webhooks:
+        try:
+            return webhook, check_webhook(webhook, request, now)
+        except Refusal as refusal:
+            refusal.webhook = webhook.name
+            refusals.append(refusal)
+    raise max(refusals, key=lambda refusal: ("signature", "api_key", "oidc", "stale", "provider").index(refusal.reason))
+
+
+def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[Webhook]) -> str:
+    """Return a hint why the signature of a request was not accepted, "" without one. It names no secret."""
+    is_classic, is_new = CENTRAL.header in request.headers, "signature-input" in request.headers
+    for webhook in webhooks:
+        scheme = HEADER_SIGNATURES.get(webhook.type, CENTRAL)
+        missing = [name for name in scheme.signed_headers if not request.headers.get(name)]
+        if is_new and not is_classic and webhook.type == "central":
+            return 'looks like new Central, which needs "type": "new-central"'
+        if is_classic and not is_new and webhook.type == "new-central":
+            return 'looks like classic Central, which needs "type": "central"'
+        text, body = json_text(request.body), request.body.strip()
+        attempts = [
+            ("an older token would match, which a reload has removed", webhook.former_tokens, request.body),
+            *(
+                ("the token with white space after it would match: mend it at the sender", [t + s for t in webhook.tokens], request.body)
+                for s in ("\n", "\r\n", " ")
+            ),
+            *(
+                (f"the token of webhook {other.name!r} would match", other.tokens, request.body)
+                for other in everywhere
+                if other.type == webhook.type and other.tokens != webhook.tokens
+            ),
+            *(("the body with other white space would match: a proxy changed it", webhook.tokens, b) for b in (body, body + b"\n")),
+        ]
+        if text is not None and len(text) < 1 << 16:
+            payload = json.loads(text, parse_int=parse_integer)
+            for separators, ascii_only in itertools.product(((",", ":"), (", ", ": ")), (False, True)):
+                again = json.dumps(payload, separators=separators, ensure_ascii=ascii_only).encode(errors="replace")
+                attempts.append(("the body in another JSON spelling would match: a proxy changed it", webhook.tokens, again))
+        for hint, tokens, body in attempts:
+            with contextlib.suppress(SignatureError):
+                check_signature(webhook._replace(tokens=tuple(tokens)), request._replace(body=body), time.time())
+                return hint
+        if scheme.signed_headers and webhook.type == "central":
+            with contextlib.suppress(SignatureError):
+                verify_signature(request.body, request.headers, webhook.tokens, scheme._replace(signed_headers=()))
+                return "the body alone would match: a proxy dropped the X-Central headers, or the sender does not sign them"
+        if is_classic and missing:
+            return "does a proxy drop these headers?"
+    return "wrong token, or something was changed on the way" if is_classic or is_new else ""
+
+
+# ---- HTTP: strict parsing of a request ------------------------------------------------------
+
+_TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(rf"({_TCHAR}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])".encode())
+_FIELDS = re.compile(rf"(?:{_TCHAR}:[\t\x20-\x7e\x80-\xff]*\r\n)*".encode("latin-1"))
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?")
+_CHUNK_LINE = re.compile(  # RFC 9112 section 7.1
+    rf'([0-9A-Fa-f]{{1,16}})(?:[ \t]*;[ \t]*{_TCHAR}(?:[ \t]*=[ \t]*(?:{_TCHAR}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?)*'.encode()
+)
+
+
+def parse_head(head: bytes) -> Request:
+    """Parse a request line and the header fields, each ended with CRLF, without the empty line (RFC 9112).
+
+    Raises:
+        Refusal: malformed, version, headers_too_large.
+    """
+    first, _, fields = head.partition(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(first)
+    # Security: one grammar for all fields. Folded lines, bare CR or LF, NUL and white space before the colon are read
+    # differently by different programs: that is how requests are smuggled past a proxy.
+    if not match or not _FIELDS.fullmatch(fields):
+        raise Refusal("malformed", "the request line or a header field is malformed")
+    method, target, version = (part.decode() for part in match.groups())
+    if version not in ("1.1", "1.0"):
+        raise Refusal("version", f"HTTP/{version}, expected HTTP/1.0 or HTTP/1.1")
+    headers: dict[str, str] = {}
+    repeated = []
+    lines = fields.decode("latin-1").split("\r\n")[:-1]
+    if len(lines) > MAX_HEADER_FIELDS:
+        raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            repeated.append(name)
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    host = headers.get("host")
+    if host is None and version == "1.1" or "host" in repeated or not _HOST.fullmatch(host or ""):
+        raise Refusal("malformed", "Host is missing, malformed or there twice")
+    if target[0] != "/" and "://" in target:  # RFC 9112 section 3.2.2: the absolute form must be accepted
+        target = re.sub("^[^:]+://[^/?]*", "", target)
+        target = target if target.startswith("/") else "/" + target
+    path, mark, query = target.partition("?")
+    return Request(method, path, query if mark else None, version, headers, frozenset(repeated))
+
+
+def parse_framing(request: Request, max_body_bytes: int) -> Optional[int]:
+    """Return the length of the body in bytes, None where it is chunked (RFC 9112 section 6).
+
+    Raises:
+        Refusal: malformed, coding, no_length, body_too_large.
+    """
+    length, coding = request.headers.get("content-length"), request.headers.get("transfer-encoding")
+    if coding is not None:
+        codings = {part.strip().lower() for part in coding.split(",")}
+        if length is not None or request.version == "1.0" or codings <= {"chunked", ""} and coding.lower() != "chunked":
+            raise Refusal("malformed", "Transfer-Encoding twice, with Content-Length or in HTTP/1.0")
+        if codings != {"chunked"}:
+            raise Refusal("coding", f"Transfer-Encoding is {coding[:40]!r}, expected chunked")
+        return None
+    if length is None and request.method == "POST":
+        raise Refusal("no_length", "neither Content-Length nor Transfer-Encoding")
+    # Security: ASCII digits alone. int() also takes "+10", "1_0" and other scripts' digits, where a proxy sees others.
+    if not re.fullmatch("[0-9]+", length or "0"):
+        raise Refusal("malformed", "Content-Length is not one number")
+    digits = (length or "0").lstrip("0") or "0"
+    if len(digits) > 18 or int(digits) > max_body_bytes:
+        raise Refusal("body_too_large", f"Content-Length is above max_body_bytes, {max_body_bytes}")
+    return int(digits)
+
+
+@functools.lru_cache(maxsize=4)
+def http_date(second: int) -> str:
+    """Format epoch seconds for a Date header; once a second is enough."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
+def encode_reply(status: int, body: bytes, *extra: str, head_only: bool = False, kind: str = "application/json") -> bytes:
+    """Return a whole reply, so that one send sends it: small writes cost 40 ms each with Nagle's algorithm."""
+    lines = [
+        f"HTTP/1.1 {status} {BaseHTTPRequestHandler.responses[http.HTTPStatus(status)][0]}",
+        f"Date: {http_date(int(time.time()))}",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body)}",
+        *extra,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + (b"" if head_only else body)
+
+
+# ---- HTTP server -----------------------------------------------------------------------------
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection: reads its requests one after the other, answers each with one send.
+
+    Always true: `buffer` from `start` on is what was received and not consumed. BaseHTTPRequestHandler's own reading is
+    not used: it is lenient where we must be strict, has no total deadline, and costs four times the time.
+    """
+
+    server: Receiver
+
+    def setup(self) -> None:
+        """Begin with an empty buffer; no file objects around the socket."""
+        self.buffer, self.start, self.patience = b"", 0, -1.0
+
+    def finish(self) -> None:
+        """Nothing is buffered, so nothing is flushed."""
+
+    def handle(self) -> None:
+        """Serve the requests of the connection until either side closes it."""
+        server, patience = self.server, self.server.config.request_timeout_seconds
+        deadline = time.monotonic() + patience
+        try:
+            while self.start < len(self.buffer) or self.receive(patience):
+                server.busy.add(self)
+                try:
+                    if not self.handle_request(deadline or time.monotonic() + server.config.request_timeout_seconds):
+                        return
+                finally:
+                    server.busy.discard(self)
+                deadline, patience = 0, KEEP_ALIVE_SECONDS
+        except socket.timeout:
+            if deadline:
+                self.refuse(Refusal("timeout", "no request on a new connection"), None, ())
+        except OSError:
+            pass  # the sender is gone: there is nobody to tell
+
+    def receive(self, patience: float) -> bool:
+        """Add to the buffer what arrives within `patience` seconds; False at the end of the stream."""
+        if patience != self.patience:  # each change is a system call
+            self.request.settimeout(max(patience, 0.001))
+            self.patience = patience
+        data = self.request.recv(RECEIVE_BYTES)
+        self.buffer, self.start = self.buffer[self.start :] + data, 0
+        return bool(data)
+
+    def receive_more(self, deadline: float) -> None:
+        """Add more of a request that has begun. Raises Refusal when its time is over, or the stream."""
+        try:
+            if not self.receive(deadline - time.monotonic()):
+                raise Refusal("malformed", "the connection ended within the request")
+        except socket.timeout:
+            pass
+        if time.monotonic() >= deadline:
+            raise Refusal("timeout", "the request was not complete in time")
+
+    def handle_request(self, deadline: float) -> bool:
+        """Read one request and answer it; return whether another may follow."""
+        server, config = self.server, self.server.config
+        request: Optional[Request] = None
+        webhooks: Sequence[Webhook] = ()
+        try:
+            request = self.read_head(deadline)
+            length = parse_framing(request, config.max_body_bytes)
+            webhooks = server.route(request)
+            if length != 0 and request.version == "1.1" and request.headers.get("expect", "").lower() == "100-continue":
+                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            body = self.read_chunked(deadline) if length is None else self.read_body(length, deadline)
+            server.metrics.body_bytes += len(body)
+            request = Request(*request[:6], body)
+            if webhooks:
+                return self.reply(request, 200, server.accept(request, webhooks, time.time()))
+            return self.reply(request, *server.own_answer(request.path))
+        except Refusal as refusal:
+            return self.refuse(refusal, request, webhooks)
+
+    def reply(
+        self, request: Optional[Request], status: int, body: bytes, kind: str = "application/json", *extra: str
+    ) -> bool:
+        """Send a reply; return whether another request may follow. `request` is None where it could not be parsed."""
+        options = request.headers.get("connection", "").lower() if request else "close"
+        close = "close" in options or self.server.stopping or status >= 400 and status != 401
+        if request and request.version == "1.0":
+            close = close or "keep-alive" not in options
+            extra += () if close else ("Connection: keep-alive",)
+        extra += ("Connection: close",) if close else ()
+        head_only = request is not None and request.method == "HEAD"
+        self.request.sendall(encode_reply(status, body, *extra, head_only=head_only, kind=kind))
+        if close and (status != 200 or self.server.stopping):
+            linger(self.request)
+        return not close
+
+    def refuse(self, refusal: Refusal, request: Optional[Request], webhooks: Sequence[Webhook]) -> bool:
+        """Log, count and answer a refusal; return whether the connection goes on, which it does after a 401."""
+        server, (status, error) = self.server, REFUSALS[refusal.reason]
+        name = refusal.webhook if refusal.webhook or len(webhooks) != 1 else webhooks[0].name
+        server.metrics.count(name, refusal.reason)
+        if server.rejections.admit():
+            hint = explain(request, webhooks, server.config.webhooks) if request and refusal.reason == "signature" else ""
+            peer, shown = server.peer_of(self.client_address, request), f" for {name!r}" if name else ""
+            LOG.warning("%d to %s%s: %s: %s%s", status, peer, shown, refusal.reason, refusal, hint and f" ({hint})")
+        own = request is not None and request.path in OWN_PATHS
+        scheme = "Bearer" if any(webhook.provider for webhook in webhooks) else "HMAC-SHA256"
+        extra = {401: f"WWW-Authenticate: {scheme}", 405: f"Allow: {'GET, HEAD' if own else 'POST'}", 503: "Retry-After: 1"}
+        extra = {status: extra[status]} if status in extra else {}
+        return self.reply(request, status, json.dumps({"error": error}).encode(), "application/json", *extra.values())
+
+    def read_head(self, deadline: float) -> Request:
+        """Read up to the empty line and parse it."""
+        if self.buffer.startswith(b"\r\n", self.start):  # RFC 9112 section 2.2: an empty line before a request
+            self.start += 2
+        while True:
+            end = self.buffer.find(b"\r\n\r\n", self.start)
+            line_end = self.buffer.find(b"\r\n", self.start) % (len(self.buffer) + 1)  # -1: all of it
+            if line_end - self.start > MAX_REQUEST_LINE_BYTES:
+                raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
+            if end % (len(self.buffer) + 1) - line_end > MAX_HEADER_BYTES:
+                raise Refusal("headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes")
+            if end >= 0:
+                head, self.start = self.buffer[self.start : end + 2], end + 4
+                return parse_head(head)
+            if re.search(rb"(?<!\r)\n", self.buffer[self.start :]):
+                raise Refusal("malformed", "a line ends without CR")
+            self.receive_more(deadline)
+
+    def read_body(self, length: int, deadline: float) -> bytes:
+        """Read `length` bytes."""
+        parts, missing = [], length
+        while True:
+            parts.append(self.buffer[self.start : self.start + missing])
+            self.start += len(parts[-1])
+            missing -= len(parts[-1])
+            if not missing:
+                return b"".join(parts)
+            self.receive_more(deadline)
+
+    def read_line(self, limit: int, deadline: float) -> bytes:
+        """Read a line of a chunked body, without its CRLF; at most `limit` bytes."""
+        while True:
+            end = self.buffer.find(b"\r\n", self.start, self.start + limit + 2)
+            if end >= 0:
+                line, self.start = self.buffer[self.start : end], end + 2
+                return line
+            if len(self.buffer) - self.start >= limit + 2:
+                raise Refusal("malformed", f"a line of the chunked body is above {limit} bytes")
+            self.receive_more(deadline)
+
+    def read_chunked(self, deadline: float) -> bytes:
+        """Read and decode a chunked body (RFC 9112 section 7.1); trailers are checked and dropped."""
+        parts, total, limit, size = [], 0, self.server.config.max_body_bytes, -1
+        while size:
+            match = _CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE_BYTES, deadline))
+            if not match:
+                raise Refusal("malformed", "the size of a chunk is malformed")
+            size = int(match[1], 16)
+            total += size
+            if total > limit:
+                raise Refusal("body_too_large", f"the chunked body is above max_body_bytes, {limit}")
+            if size:
+                parts.append(self.read_body(size, deadline))
+                if self.read_body(2, deadline) != b"\r\n":
+                    raise Refusal("malformed", "a chunk is longer than its size")
+        trailers = b""
+        while line := self.read_line(MAX_REQUEST_LINE_BYTES, deadline):
+            trailers += line + b"\r\n"
+            if len(trailers) > MAX_HEADER_BYTES:
+                raise Refusal("headers_too_large", "the trailer fields are too large")
+        if not _FIELDS.fullmatch(trailers):
+            raise Refusal("malformed", "a trailer field is malformed")
+        return b"".join(parts)
+
+
+def linger(connection: socket.socket) -> None:
+    """Read and drop what the sender still sends: closing with unread data resets the connection, and it loses the answer."""
+    deadline, scratch = time.monotonic() + LINGER_SECONDS, bytearray(RECEIVE_BYTES)
+    with contextlib.suppress(OSError, ValueError):
+        connection.shutdown(socket.SHUT_WR)
+        while True:
+            connection.settimeout(deadline - time.monotonic())  # ValueError: time is over
+            if not connection.recv_into(scratch):
+                return
+
+
+class RejectionLog:
+    """Lets so many lines a second through, and sums up the others. A class because it counts."""
+
+    def __init__(self) -> None:
+        self.lock, self.second, self.lines = threading.Lock(), 0, 0
+
+    def admit(self) -> bool:
+        """Tell whether a rejection may have its line in the log."""
+        self.sum_up()
+        with self.lock:
+            self.lines += 1
+            return self.lines <= REJECTION_LINES_PER_SECOND
+
+    def sum_up(self) -> None:
+        """Write the line for those of the last second that had none."""
+        with self.lock:
+            second, lines = int(time.monotonic()), self.lines
+            if second == self.second:
+                return
+            self.second, self.lines = second, 0
+        if lines > REJECTION_LINES_PER_SECOND:
+            LOG.warning("%d more rejections within a second", lines - REJECTION_LINES_PER_SECOND)
+
+
+class Metrics:
+    """Counters in Prometheus' text format. A class because they outlive a configuration; labels are names of ours."""
+
+    def __init__(self) -> None:
+        self.lock, self.body_bytes = threading.Lock(), 0
+        self.results: dict[tuple[str, str], int] = {}
+        self.last_accepted: dict[str, float] = {}
+
+    def add_webhooks(self, names: Sequence[str]) -> None:
+        """Let all series of these webhooks exist."""
+        with self.lock:
+            for name in ["", *names]:  # "" stands for requests that belong to none
+                for result in (*REFUSALS, "accepted", "duplicate"):
+                    self.results.setdefault((name, result), 0)
+            self.last_accepted = {**dict.fromkeys(names, 0.0), **self.last_accepted}
+
+    def count(self, name: str, result: str, moment: float = 0) -> None:
+        """Count a delivery; `moment` is when it was accepted."""
+        with self.lock:
+            self.results[name, result] += 1
+            if moment:
+                self.last_accepted[name] = moment
+
+    def render(self, in_flight: int) -> bytes:
+        """Return the text that Prometheus reads."""
+        prefix, lines = "central_webhook_", []
+        with self.lock:
+            results, accepted = sorted(self.results.items()), sorted(self.last_accepted.items())
+        series: list[tuple[str, str, list[tuple[str, float]]]] = [
+            ("deliveries_total", "counter", [(f'{{webhook={label(n)},result="{r}"}}', v) for (n, r), v in results]),
+            ("body_bytes_total", "counter", [("", self.body_bytes)]),
+            ("requests_in_flight", "gauge", [("", in_flight)]),
+            ("last_accepted_timestamp_seconds", "gauge", [(f"{{webhook={label(n)}}}", v) for n, v in accepted]),
+        ]
+        for name, kind, samples in series:
+            lines += [f"# TYPE {prefix}{name} {kind}", *(f"{prefix}{name}{labels} {v}" for labels, v in samples)]
+        return "\n".join([*lines, ""]).encode()
+
+
+def label(text: str) -> str:
+    """Quote the value of a label (Prometheus' text format)."""
+    return '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'
+
+
+class Receiver(ThreadingHTTPServer):
+    """The server: hands connections to threads, takes deliveries along their way, answers its own paths.
+
+    Always true: `connections` are the sockets that count as open, `busy` the handlers with a request in hand.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
+    request_queue_size = LISTEN_QUEUE
+
+    def __init__(
+        self, config: Config, outputs: Outputs, render: Optional[Callable[[Delivery], str]], inherited: Optional[int] = None
+    ) -> None:
+        """Bind the configured address, or use an inherited descriptor. `render` is for stdout; None: JSON Lines.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        self.config, self.outputs, self.render, self.stopping = config, outputs, render, False
+        self.connections: set[socket.socket] = set()
+        self.busy: set[Handler] = set()
+        self.metrics, self.rejections = Metrics(), RejectionLog()
+        self.metrics.add_webhooks([webhook.name for webhook in config.webhooks])
+        self.handed: queue.SimpleQueue[tuple[socket.socket, Any]] = queue.SimpleQueue()
+        self.refused: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+        self.idle_lock, self.idle_workers = threading.Lock(), 0
+        self.old_tokens_named: dict[tuple[str, int], float] = {}
+        host = "127.0.0.1" if config.host == "localhost" else config.host
+        address: Any = (host, config.port)
+        if inherited is None:
+            self.address_family, _, _, _, address = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0]
+        super().__init__(address, Handler, bind_and_activate=inherited is None)
+        if inherited is not None:
+            self.socket.close()
+            self.socket = socket.socket(fileno=inherited)
+        if self.socket.family in (socket.AF_INET, socket.AF_INET6):
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
+        self.socket.setblocking(False)
+        self.server_address = self.socket.getsockname()
+        threading.Thread(target=self.linger_for_refused, name="refused", daemon=True).start()
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's look-up of the host's name, which can hang."""
+        socketserver.TCPServer.server_bind(self)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; out of descriptors or memory, wait a little: the loop would spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if self.rejections.admit():
+                    LOG.error("cannot accept a connection: %s", error.strerror)
+                time.sleep(0.05)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Hand a connection to a waiting thread, or to a new one: starting a thread costs more than a delivery."""
+        problem = f"more than max_connections, {self.config.max_connections}"
+        if len(self.connections) < self.config.max_connections:
+            with self.idle_lock:
+                waiting = self.idle_workers > 0
+                self.idle_workers -= waiting
+            try:
+                if not waiting:
+                    threading.Thread(target=self.work, daemon=True).start()
+                self.connections.add(request)
+                self.handed.put((request, client_address))
+                return
+            except RuntimeError as error:  # no more threads
+                problem = str(error)
+        self.metrics.count("", "overload")
+        if self.rejections.admit():
+            LOG.warning("503 to %s: overload: %s", self.peer_of(client_address, None), problem)
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(encode_reply(503, b'{"error": "unavailable"}', "Retry-After: 1", "Connection: close"))
+            request.shutdown(socket.SHUT_WR)
+        if self.refused.qsize() < MAX_LINGERING:
+            self.refused.put(request)
+        else:
+            request.close()
+
+    def linger_for_refused(self) -> None:
+        """Give those above max_connections the time to read their answer; one after the other, most are ready at once."""
+        while True:
+            request = self.refused.get()
+            linger(request)
+            request.close()
+
+    def work(self) -> None:
+        """Serve one connection after the other; end when none has come for a while."""
+        while True:
+            try:
+                request, client_address = self.handed.get(timeout=WORKER_IDLE_SECONDS)
+            except queue.Empty:
+                with self.idle_lock:
+                    if self.idle_workers:  # else all who wait are already promised a connection
+                        self.idle_workers -= 1
+                        return
+                continue
+            self.process_request_thread(request, client_address)
+            with self.idle_lock:
+                self.idle_workers += 1
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        request.close()
+        self.connections.discard(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report a bug of ours in one line, with its place; --verbose adds the traceback."""
+        _, error, trace = sys.exc_info()
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        LOG.error("internal error: %r (line %s)", error, trace and trace.tb_lineno, exc_info=True)
+
+    def service_actions(self) -> None:
+        """Called by the accept loop about twice a second."""
+        self.rejections.sum_up()
+
+    def peer_of(self, client_address: Any, request: Optional[Request]) -> str:
+        """Return who sent a request: behind a proxy on this machine, the last address in X-Forwarded-For."""
+        peer = str(client_address[0]) if client_address else "localhost"
+        if request and is_loopback(peer):
+            with contextlib.suppress(ValueError):
+                forwarded = request.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+                return str(ipaddress.ip_address(forwarded))
+        return peer
+
+    def route(self, request: Request) -> Sequence[Webhook]:
+        """Return the webhooks that a request may be for, none for a path of our own. Raises Refusal: 404, 405."""
+        own = request.path in OWN_PATHS
+        webhooks = [] if own else [one for one in self.config.webhooks if one.path is None or one.path == request.path]
+        if not own and not webhooks:
+            raise Refusal("not_found", f"no webhook at {request.path[:200]!r}")
+        if request.method not in (("GET", "HEAD") if own else ("POST",)):
+            raise Refusal("method", f"{request.method[:20]} on {request.path[:200]!r}")
+        return webhooks
+
+    def own_answer(self, path: str) -> tuple[int, bytes, str]:
+        """Answer /health or /metrics: status, body, media type."""
+        if path == "/metrics":
+            return 200, self.metrics.render(len(self.busy)), "text/plain; version=0.0.4; charset=utf-8"
+        if self.outputs.failing or self.stopping:
+            return 503, b'{"error": "unavailable"}', "application/json"
+        return 200, b'{"status": "ok"}', "application/json"
+
+    def accept(self, request: Request, webhooks: Sequence[Webhook], now: float) -> bytes:
+        """Take a POST along the way of a delivery; return the body of the 200: authentic, and kept.
+
+        Raises:
+            Refusal: it is not, and nothing is lost: whoever gets no 200 may send again.
+        """
+        webhook, proof = check_webhooks(webhooks, request, now)  # authentic and recent
+        if proof.token:
+            self.name_old_token(webhook, proof.token)
+        if not webhook.memory.claim(proof.keys):  # new
+            self.metrics.count(webhook.name, "duplicate")
+            return b'{"status": "duplicate"}'
+        kept, text = False, json_text(request.body)
+        try:
+            if text is not None and webhook.api_key and webhook.api_key.place == "field":
+                (start, end), *_ = find_top_level_field(text, webhook.api_key.name)
+                text = f'{text[:start]}"***"{text[end:]}'
+            key = ".".join([part.hex() for part in proof.keys]) or None
+            delivery = Delivery(now, webhook.name, webhook.type, proof.delivery_id, proof.sent_at, request.body, text, key)
+            handle_alert(delivery)
+            line = render_json(delivery)
+            shown = self.render(delivery) if self.render else line + "}\n"
+            self.outputs.keep(shown.encode(errors="backslashreplace"), f'{line}, "key": {json.dumps(key)}}}\n'.encode())
+            kept = True
+        except OutputError as error:
+            raise Refusal("output", str(error)) from None
+        except Exception as error:
+            LOG.debug("handle_alert", exc_info=True)
+            raise Refusal("handler", f"{type(error).__name__}: {error}") from None
+        finally:
+            webhook.memory.settle(proof.keys, kept=kept)
+        self.metrics.count(webhook.name, "accepted", now)
+        return b'{"status": "ok"}'
+
+    def name_old_token(self, webhook: Webhook, position: int) -> None:
+        """Log that a token other than the first is still in use, at most once a minute each."""
+        now = time.monotonic()
+        if now - self.old_tokens_named.get((webhook.name, position), -1e9) > 60:
+            self.old_tokens_named[webhook.name, position] = now
+            LOG.info("webhook %r: token %d of %d still matches", webhook.name, position + 1, len(webhook.tokens))
+
+    def reload(self, config: Config) -> None:
+        """Swap in a new configuration in the middle of traffic: memories and counters stay.
+
+        Raises:
+            OutputError: its log file cannot be opened; the old configuration stays whole.
+        """
+        if (config.host, config.port) != (self.config.host, self.config.port):
+            LOG.warning("host and port change with a restart only")
+        before, webhooks = {(webhook.name, webhook.type): webhook for webhook in self.config.webhooks}, []
+        for webhook in config.webhooks:
+            old = before.get((webhook.name, webhook.type), webhook)
+            former = [token for token in old.tokens + old.former_tokens if token not in webhook.tokens]
+            same = webhook.provider and old.provider and webhook.provider.oidc == old.provider.oidc
+            provider = old.provider if same else webhook.provider
+            webhooks.append(webhook._replace(memory=old.memory, former_tokens=tuple(former[:4]), provider=provider))
+        self.outputs.reopen(config.log_file, config.request_timeout_seconds)
+        self.metrics.add_webhooks([webhook.name for webhook in webhooks])
+        self.config = config._replace(host=self.config.host, port=self.config.port, webhooks=tuple(webhooks))
+
+
+# ---- The OIDC provider's keys -------------------------------------------------------------------
+
+
+class Provider:
+    """The keys of one OIDC provider, asked for when they are needed. A class because the answer is remembered.
+
+    Always true: at most one question is under way, and ten seconds lie between two, failed ones included.
+    """
+
+    def __init__(self, oidc: Oidc) -> None:
+        self.oidc, self.lock, self.failure, self.issuer = oidc, threading.Lock(), "no answer yet", ""
+        self.keys: Optional[list[RsaKey]] = None
+        self.asked = self.answered = -1e9
+        self.question = threading.Thread()
+
+    def keys_for(self, kid: Optional[str], algorithm: str) -> tuple[str, list[RsaKey]]:
+        """Return the issuer, and the keys that a token with this key ID and algorithm may be signed with.
+
+        Raises:
+            Refusal: the provider has never given its keys.
+        """
+        fitting = self.fitting(kid, algorithm)
+        now = time.monotonic()
+        with self.lock:
+            wanted = not fitting or now - self.answered > PROVIDER_KEYS_SECONDS
+            if wanted and now - self.asked >= 2 * PROVIDER_SECONDS and not self.question.is_alive():
+                self.asked, self.question = now, threading.Thread(target=self.ask, daemon=True)
+                self.question.start()
+        if not fitting and self.question.is_alive():
+            self.question.join(PROVIDER_SECONDS)
+        fitting = fitting or self.fitting(kid, algorithm)
+        if self.keys is None:
+            raise Refusal("provider", f"no keys of the OIDC provider: {self.failure}")
+        return self.issuer, fitting
+
+    def fitting(self, kid: Optional[str], algorithm: str) -> list[RsaKey]:
+        """Return the known keys that fit."""
+        return [key for key in self.keys or () if kid in (None, key.kid) and key.algorithm in ("", algorithm)]
+
+    def ask(self) -> None:
+        """Fetch the discovery document and the keys that it names."""
+        try:
+            deadline = time.monotonic() + PROVIDER_SECONDS
+            document = fetch_json(self.oidc.well_known_url, deadline)
+            issuer, url = document.get("issuer"), str(document.get("jwks_uri"))
+            if not isinstance(issuer, str) or not is_provider_url(url):
+                raise ValueError("the discovery document has no issuer, or no jwks_uri over https")
+            keys = parse_rsa_keys(fetch_json(url, deadline))
+            self.issuer, self.keys, self.answered = issuer, keys, time.monotonic()
+            LOG.info("%d OIDC keys of %s", len(keys), issuer)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            self.failure = f"{self.oidc.well_known_url}: {error}"
+            LOG.warning("no OIDC keys: %s", self.failure)
+
+
+def fetch_json(url: str, deadline: float) -> dict[str, Any]:
+    """Fetch a JSON object: no redirects, bounded in size, and in time by `deadline` (monotonic seconds).
+
+    Raises:
+        OSError, ValueError, http.client.HTTPException: it cannot be had.
+    """
+    import urllib.request  # here because it takes as long to import as all the rest, and few need it
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+            return None
+
+    proxies = {kind: proxy for kind, proxy in urllib.request.getproxies().items() if kind == "https"}
+    opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
+    data = b""
+    with opener.open(url, timeout=max(deadline - time.monotonic(), 0.1)) as answer:
+        while len(data) <= MAX_PROVIDER_BYTES and time.monotonic() < deadline:
+            part = answer.read1(RECEIVE_BYTES)
+            if not part:
+                return parse_json_object(data)
+            data += part
+    raise ValueError("the answer is too large or too slow")
+
+
+# ---- Life: signals, systemd ----------------------------------------------------------------------
+
+
+def notify(*lines: str) -> None:
+    """Tell systemd about our state, where it asks for it (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
+                messenger.sendto("\n".join(lines).encode(), "\0" + address[1:] if address[0] == "@" else address)
+        except OSError as error:
+            LOG.warning("NOTIFY_SOCKET: %s", error.strerror)
+
+
+def inherited_descriptor() -> Optional[int]:
+    """Return the listening socket that systemd has passed (sd_listen_fds(3)), None without one."""
+    count = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count in ("", "0"):
+        return None
+    if count != "1":
+        LOG.warning("LISTEN_FDS is %s, and only the first socket is used", count)
+    return 3
+
+
+def reload_config(receiver: Receiver, path: str) -> None:
+    """Do what SIGHUP asks for: the new configuration as a whole, or the old one and an error in the log."""
+    notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        config = load_config(path)
+        receiver.reload(config)
+        for text in config.warnings:
+            LOG.warning("%s", text)
+        LOG.info("configuration reloaded: %s", ", ".join(webhook.name for webhook in config.webhooks))
+    except (ConfigError, OutputError) as error:
+        for mistake in error.args:
+            LOG.error("configuration not reloaded, the old one stays: %s: %s", path, mistake)
+    notify("READY=1")
+
+
+def serve(receiver: Receiver, path: str, events: queue.SimpleQueue[int]) -> int:
+    """Serve until a signal says stop, or nobody reads stdout; finish what is in flight; return the exit code."""
+    threading.Thread(target=receiver.serve_forever, name="accept", daemon=True).start()
+    notify("READY=1")
+    while not receiver.outputs.gone.is_set():
+        with contextlib.suppress(queue.Empty):
+            if events.get(timeout=0.25) != getattr(signal, "SIGHUP", None):
+                break
+            reload_config(receiver, path)
+    receiver.stopping = True
+    notify("STOPPING=1")
+    receiver.shutdown()
+    with contextlib.suppress(OSError):  # what waits in the listen queue has been told that it is connected
+        while True:
+            receiver.process_request(*receiver.get_request())
+    receiver.server_close()
+    now = quiet = time.monotonic()
+    deadline = now + DRAIN_SECONDS
+    # A proxy may be sending a request on a connection kept alive at this moment, so those get a short while more.
+    while receiver.connections and now < deadline and (receiver.busy or now - quiet < DRAIN_QUIET_SECONDS):
+        time.sleep(0.02)
+        now = time.monotonic()
+        quiet = now if receiver.busy else quiet
+    if receiver.outputs.gone.is_set():
+        LOG.error("stopped: nobody reads stdout any more")
+        return EX_CANNOT_SERVE
+    LOG.info("stopped, %d requests unanswered", len(receiver.busy))
+    return 0
+
+
+# ---- Command line ------------------------------------------------------------------------------------
+
+SAMPLES: dict[str, dict[str, Any]] = {  # shaped like what the vendors document; times are added when sent
+    "central": {
+        "id": "AWsample0001", "nid": 4, "alert_type": "AP disconnected", "state": "Open", "severity": "Critical",
+        "setting_id": "sample-customer-4", "description": "AP sample-ap-1 disconnected", "device_id": "CNSAMPLE01",
+        "details": {"hostname": "sample-ap-1", "serial": "CNSAMPLE01", "site": "Sample site"},
+        "operation": "create", "text": "This is a sample, sent with --send-sample", "webhook": "sample",
+    },
+    "new-central": {
+        "id": "sample-event", "alertId": "sample-alert", "name": "AP Down", "category": "Availability",
+        "deviceType": "ACCESS_POINT", "severity": "Critical", "operation": "Add", "state": "Active", "siteId": "1",
+        "summary": "This is a sample, sent with --send-sample",
+    },
+    "ip-fabric": {"type": "snapshot", "action": "discover", "status": "completed", "requester": "sample", "test": True},
+    "bracken": {"event": "Module_Complete", "username": "sample-user"},
+    "entrupy": {"event": "session.completed", "id": "sample"},
+}  # fmt: skip
+
+
+def sign_sample(webhook: Webhook, query: Optional[str], number: int, now: float) -> tuple[dict[str, str], bytes]:
+    """Return the headers and the body of a sample alert, signed with the first token as the sender would."""
+    payload = {**SAMPLES[webhook.type], "timestamp": int(now), "time": format_utc(now), "sample": number}
+    headers = {"content-type": "application/json", "date": http_date(int(now))}
+    if webhook.api_key:
+        (payload if webhook.api_key.place == "field" else headers)[webhook.api_key.name] = webhook.api_key.values[0]
+    body, token, scheme = json.dumps(payload).encode(), webhook.tokens[0], HEADER_SIGNATURES.get(webhook.type)
+    if scheme:
+        values = ("Alerts", f"sample-{int(now * 1000)}-{number}", format_utc(now))[: len(scheme.signed_headers)]
+        headers.update(zip(scheme.signed_headers, values))
+        digest = hmac.digest(token.encode(), body + "".join(values).encode(), "sha256")
+        headers[scheme.header] = scheme.prefix + scheme.encode(digest).decode()
+    elif webhook.public_url:
+        text = f'sig1=("@method" "@target-uri" "@authority" "@scheme" "@path" "date");created={int(now)}'
+        covered = StructuredField(text).dictionary()["sig1"]
+        request = Request("POST", "", query, "1.1", headers, frozenset())
+        base = signature_base(request, covered, webhook.public_url, webhook.public_url.without_query)
+        headers.update({"signature-input": text, "signature": "sig1=" + sign_base(token, base)[0].decode()})
+    return headers, body
+
+
+def post(url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, str]:
+    """POST to a URL; return status and answer. Raises OSError, http.client.HTTPException, ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("expected an http or https URL")
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    with contextlib.closing(kind(parts.hostname, parts.port, timeout=30)) as connection:
+        connection.request("POST", (parts.path or "/") + "?" * bool(parts.query) + parts.query, body, dict(headers))
+        answer = connection.getresponse()
+        return answer.status, escape_text(answer.read(500).decode(errors="replace").strip())
+
+
+def send_sample(config: Config, url: str, name: Optional[str], header_lines: Sequence[str]) -> int:
+    """Send a signed sample to `url` ("": the configured address) and print what comes back."""
+    matching = [webhook for webhook in config.webhooks if name in (None, webhook.name)]
+    if len(matching) != 1:
+        return fail("--webhook: expected one of " + ", ".join(webhook.name for webhook in config.webhooks), EX_USAGE)
+    if not url and not config.port:
+        return fail("--send-sample: port 0 is any free port, so give the URL", EX_USAGE)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    host = f"[{host}]" if ":" in host else host
+    url = url or f"http://{host}:{config.port}{matching[0].path or '/centralwebhook'}"
+    headers, body = sign_sample(matching[0], url.partition("?")[2] or None, 1, time.time())
+    for line in header_lines:
+        field, colon, value = line.partition(":")
+        if not colon or not _HEADER_NAME.fullmatch(field) or _UNSAFE.search(value):
+            return fail("--header: expected 'Name: value'", EX_USAGE)
+        headers[field.lower()] = value.strip()
+    started = time.monotonic()
+    try:
+        status, answer = post(url, headers, body)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return fail(f"{url}: {error or type(error).__name__}", EX_CANNOT_SERVE)
+    print(f"{status} {answer} {1000 * (time.monotonic() - started):.0f} ms")
+    return 0 if status == 200 else EX_CANNOT_SERVE
+
+
+Render = Optional[Callable[[Delivery], str]]
+
+
+def run_demo(render: Render) -> int:
+    """Start a receiver on a free port of this machine, send it samples and a forgery, show what a user would see."""
+    webhook = {"name": "demo", "token": base64.b64encode(os.urandom(15)).decode()}
+    settings = {"webclient_info": {"host": "localhost", "port": 0}, "central_info": {"webhook": webhook}}
+    config = read_config(json.dumps(settings).encode())
+    receiver = Receiver(config, Outputs(None, config.request_timeout_seconds), render)
+    threading.Thread(target=receiver.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{receiver.server_address[1]}/centralwebhook"
+    print(f"a receiver with a throw-away token listens on {url}", file=sys.stderr)
+    passed = True
+    for number in range(1, 5):
+        headers, body = sign_sample(config.webhooks[0], None, number, time.time())
+        kind, expected = f"signed alert {number}", 200
+        if number == 4:
+            body, kind, expected = body.replace(b"Critical", b"Harmless"), "forged alert, one word of its body changed", 401
+        status, answer = post(url, headers, body)
+        print(f"{kind}: {status} {answer}", file=sys.stderr)
+        passed = passed and status == expected
+    return 0 if passed else EX_CANNOT_SERVE
+
+
+class LogFormatter(logging.Formatter):
+    """Time, level, message; one line each, whatever a sender has written into it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record; the traceback of a bug is shown with --verbose only."""
+        text = f"{format_utc(record.created)} {record.levelname} {escape_text(record.getMessage())}"
+        verbose = record.exc_info and LOG.isEnabledFor(logging.DEBUG)
+        return f"{text}\n{self.formatException(record.exc_info)}" if verbose and record.exc_info else text
+
+
+def fail(message: str, code: int) -> int:
+    """Say in one line why the program ends, and return its exit code."""
+    print(f"{PROGRAM}: error: {escape_text(message)}", file=sys.stderr)
+    return code
+
+
+def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Parse the command line; exits with 2 on wrong usage."""
+    parser = argparse.ArgumentParser(PROGRAM, description="Receive, verify and hand on webhook alerts of Aruba Central.")
+    add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("-i", "--input", metavar="FILE", help="the configuration, see input_info.json.example")
+    mode.add_argument("-t", "--check-config", action="store_true", help="check the configuration and exit")
+    mode.add_argument("--send-sample", nargs="?", const="", metavar="URL", help="send a signed sample alert (to the configured address)")
+    mode.add_argument("--demo", action="store_true", help="show it at work; needs no configuration")
+    add("--webhook", metavar="NAME", help="with --send-sample: which of several webhooks")
+    add("--header", metavar="'NAME: VALUE'", action="append", default=[], help="with --send-sample: a header to add")
+    add("--format", choices=("auto", "pretty", "json"), default="auto", help="of stdout; auto: pretty on a terminal")
+    add("-v", "--verbose", action="store_true", help="log more")
+    add("--version", action="version", version=f"{PROGRAM} {VERSION}")
+    options = parser.parse_args(argv)
+    if bool(options.input) == options.demo:
+        parser.error("--demo takes no -i" if options.demo else "-i FILE is needed, or --demo")
+    if options.send_sample is None and (options.webhook or options.header):
+        parser.error("--webhook and --header go with --send-sample")
+    return options
+
+
+def choose_render(form: str, names: Sequence[str]) -> Render:
+    """Return how stdout shows a delivery; None: as JSON Lines."""
+    terminal = os.isatty(STDOUT)
+    if form == "json" or form == "auto" and not terminal:
+        return None
+    colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    width = max(map(len, names))
+
+    def render(delivery: Delivery) -> str:
+        return render_pretty(delivery, shutil.get_terminal_size().columns if terminal else 0, colour, width)
+
+    return render
+
+
+def check_config(config: Config) -> int:
+    """Say what a valid configuration demands of its senders, a line for each webhook."""
+    for webhook in config.webhooks:
+        print(describe_webhook(webhook))
+    path = config.log_file
+    if path and not os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK):
+        return fail(f"{path}: cannot be written", EX_CANNOT_SERVE)
+    return 0
+
+
+def start(config: Config, path: str, render: Render) -> int:
+    """Open the outputs, rebuild the memories, bind, and serve until told to stop."""
+    events: queue.SimpleQueue[int] = queue.SimpleQueue()
+    stops: list[int] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        if number != getattr(signal, "SIGHUP", None):
+            stops.append(number)
+        if len(stops) > 1:
+            os._exit(0)
+        events.put(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
+    try:
+        outputs = Outputs(config.log_file, config.request_timeout_seconds)
+        if config.log_file:
+            memories = {webhook.name: webhook.memory for webhook in config.webhooks}
+            LOG.info("%d deliveries remembered from %s", load_memories(config.log_file, memories), config.log_file)
+        receiver = Receiver(config, outputs, render, inherited_descriptor())
+    except OSError as error:
+        return fail(f"{config.host} port {config.port}: {error.strerror or error}", EX_CANNOT_SERVE)
+    address: Any = receiver.server_address
+    shown = f"{address[0]} port {address[1]}" if isinstance(address, tuple) else address
+    webhooks = ", ".join(f"{webhook.name} ({webhook.type}, {webhook.path or 'any path'})" for webhook in config.webhooks)
+    log_file = f", {config.log_file}" if config.log_file else ""
+    LOG.info("%s %s listens on %s; webhooks: %s; output: stdout%s", PROGRAM, VERSION, shown, webhooks, log_file)
+    return serve(receiver, path, events)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the program; return its exit code: 0 stopped on request, 1 cannot serve, 2 usage, 78 configuration."""
+    options = parse_arguments(argv)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    LOG.handlers, LOG.propagate = [handler], False
+    LOG.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    logging.raiseExceptions = False  # nobody reads stderr: no reason to stop
+    try:
+        if options.demo:
+            return run_demo(choose_render(options.format, ["demo"]))
+        config = load_config(options.input)
+        for text in config.warnings:
+            LOG.warning("%s", text)
+        if options.send_sample is not None:
+            return send_sample(config, options.send_sample, options.webhook, options.header)
+        if options.check_config:
+            return check_config(config)
+        return start(config, options.input, choose_render(options.format, [webhook.name for webhook in config.webhooks]))
+    except ConfigError as error:
+        return max(fail(f"{options.input}: {mistake}", EX_CONFIG) for mistake in error.args)
+    except OutputError as error:
+        return fail(str(error), EX_CANNOT_SERVE)
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
