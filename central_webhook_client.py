@@ -59,12 +59,13 @@ import sys
 import threading
 import time
 import urllib.parse
-from datetime import date, timedelta, timezone
+from datetime import date, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 if sys.platform != "win32":
     import fcntl
+    import resource
 
 # ---- Constants and limits ---------------------------------------------------
 
@@ -96,6 +97,8 @@ TOKEN_LEEWAY_SECONDS = 60
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # of RFC 9110 section 5.6.2: methods, names of header fields
 _HEADER_NAME = re.compile(_TOKEN)
 
+JSON = "application/json"
+
 # ---- Errors -----------------------------------------------------------------
 
 EX_CANNOT_SERVE, EX_USAGE, EX_CONFIG = 1, 2, 78  # exit codes; 78 is that of sysexits.h
@@ -121,9 +124,9 @@ REFUSALS = {reason: (code, error) for code, (error, reasons) in _REASONS.items()
 class Refusal(Exception):
     """A request is not accepted. `reason` is a key of REFUSALS; the detail is for the operator's log, not the sender."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, webhook: str = "") -> None:
         super().__init__(detail)
-        self.reason, self.webhook = reason, ""
+        self.reason, self.webhook = reason, webhook
 
 
 class OutputError(Exception):
@@ -739,9 +742,9 @@ def check_age(sent: Optional[float], window_seconds: float, now: float) -> None:
         raise Refusal("stale", "its time stamp is not understood")
     age = now - sent
     if age > window_seconds:
-        raise Refusal("stale", f"sent {timedelta(seconds=round(age))} ago, allowed are {window_seconds / 3600:g} hours")
+        raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, allowed are {window_seconds / 3600:g}; is a clock off?")
     if age < -MAX_FUTURE_SECONDS:
-        raise Refusal("stale", f"sent {timedelta(seconds=round(-age))} in the future; is a clock off?")
+        raise Refusal("stale", f"sent {-age / 60:.0f} minutes in the future; is a clock off?")
 
 
 def short_digest(*parts: bytes) -> bytes:
@@ -910,7 +913,10 @@ class Outputs:
         self.torn = b""  # the rest of a line that stdout has taken half of: it goes first
         self.failing = ""  # why, while the last attempt has failed
         self.gone = threading.Event()  # nobody reads stdout any more
-        can_block = not stat.S_ISREG(os.fstat(STDOUT).st_mode)
+        try:
+            can_block = not stat.S_ISREG(os.fstat(STDOUT).st_mode)
+        except OSError as error:
+            raise OutputError(f"stdout: {error.strerror}") from None
         self.poll = select.poll() if can_block and hasattr(select, "poll") else None
         if self.poll:
             self.poll.register(STDOUT, select.POLLOUT)
@@ -928,7 +934,8 @@ class Outputs:
         if not self.turn.acquire(timeout=self.patience_seconds):
             try:
                 self.waiting.remove(entry)
-                raise OutputError(f"the output has been stuck for {self.patience_seconds:g} s")
+                self.failing = f"stuck for {self.patience_seconds:g} s"
+                raise OutputError(self.failing)
             except ValueError:  # it is being written at this moment, so the outcome is not ours to decide
                 self.turn.acquire()
         try:
@@ -1395,6 +1402,7 @@ class Proof(NamedTuple):
     """What a delivery that passed every check of a webhook has proved."""
 
     token: int  # position of the token that matched
+    sent: Optional[float]  # signed time, epoch seconds; None: there is none, or it is not understood
     sent_at: Optional[str]
     delivery_id: Optional[str]
     keys: tuple[bytes, ...]  # what the memory goes by
@@ -1419,15 +1427,15 @@ def check_webhook(webhook: Webhook, request: Request, now: float) -> Proof:
         check_api_key(request, webhook.api_key)
     if webhook.provider:
         verify_access_token(request, webhook.provider.oidc, webhook.provider.keys_for, now)
-    check_age(sent, webhook.replay_window_seconds, now)
     if webhook.type == "central":
         signature, _, delivery_id, sent_at = (request.headers[name] for name in (CENTRAL.header, *CENTRAL.signed_headers))
         # Security: bytes can be moved between the signed headers, so the signature names the delivery, not its ID; a
         # retry that is signed anew has another signature, so its ID with the body names it as well.
         keys = (short_digest(signature.encode()), short_digest(delivery_id.encode("latin-1"), request.body))
-        return Proof(token, sent_at, delivery_id, keys)
+        return Proof(token, sent, sent_at, delivery_id, keys)
     told = webhook.type not in ("bracken", "entrupy")  # their senders give nothing that tells a replay from a repetition
-    return Proof(token, None if sent is None else format_utc(sent), None, (short_digest(request.body),) if told else ())
+    shown = format_utc(sent) if sent is not None and abs(sent) < 1e11 else None
+    return Proof(token, sent, shown, None, (short_digest(request.body),) if told else ())
 
 
 def check_webhooks(webhooks: Sequence[Webhook], request: Request, now: float) -> tuple[Webhook, Proof]:
@@ -1439,7 +1447,7 @@ def check_webhooks(webhooks: Sequence[Webhook], request: Request, now: float) ->
         except Refusal as refusal:
             refusal.webhook = webhook.name
             refusals.append(refusal)
-    raise max(refusals, key=lambda refusal: ("signature", "api_key", "oidc", "stale", "provider").index(refusal.reason))
+    raise max(refusals, key=lambda refusal: ("signature", "api_key", "oidc", "provider").index(refusal.reason))
 
 
 def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[Webhook]) -> str:
@@ -1447,8 +1455,8 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
     is_classic, is_new = CENTRAL.header in request.headers, "signature-input" in request.headers
     text, stripped = json_text(request.body), request.body.strip()
     respelled = [stripped, stripped + b"\n"]  # what a proxy may have received
-    if text is not None and len(text) < 1 << 16:
-        payload = json.loads(text, parse_int=parse_integer)
+    with contextlib.suppress(RecursionError):
+        payload = json.loads(text or "{}", parse_int=parse_integer) if len(request.body) < 1 << 16 else {}
         for separators, only_ascii in itertools.product(((",", ":"), (", ", ": ")), (False, True)):
             spelling = json.dumps(payload, separators=separators, ensure_ascii=only_ascii)
             respelled.append(spelling.encode(errors="replace"))
@@ -1568,17 +1576,15 @@ def parse_framing(request: Request, max_body_bytes: int) -> Optional[int]:
     return int(digits)
 
 
-@functools.lru_cache(maxsize=4)
-def http_date(second: int) -> str:
-    """Format epoch seconds for a Date header; once a second is enough."""
-    return email.utils.formatdate(second, usegmt=True)
+@functools.lru_cache(maxsize=16)
+def encode_reply(second: int, status: int, kind: str, body: bytes, head_only: bool, *extra: str) -> bytes:
+    """Return a whole reply, so that one send sends it: small writes cost 40 ms each with Nagle's algorithm.
 
-
-def encode_reply(status: int, body: bytes, *extra: str, head_only: bool = False, kind: str = "application/json") -> bytes:
-    """Return a whole reply, so that one send sends it: small writes cost 40 ms each with Nagle's algorithm."""
+    `second` is the Date, in epoch seconds: within one, the replies are mostly the same.
+    """
     lines = [
-        f"HTTP/1.1 {status} {BaseHTTPRequestHandler.responses[http.HTTPStatus(status)][0]}",
-        f"Date: {http_date(int(time.time()))}",
+        f"HTTP/1.1 {status} {http.client.responses[status]}",
+        f"Date: {email.utils.formatdate(second, usegmt=True)}",
         f"Content-Type: {kind}",
         f"Content-Length: {len(body)}",
         *extra,
@@ -1609,20 +1615,19 @@ class Handler(BaseHTTPRequestHandler):
         """Serve the requests of the connection until either side closes it."""
         server, patience = self.server, self.server.config.request_timeout_seconds
         deadline = time.monotonic() + patience
-        try:
-            while self.start < len(self.buffer) or self.receive(patience):
+        with contextlib.suppress(OSError):  # the sender is gone, or has sent nothing for long: nobody to tell
+            try:
+                more = self.receive(patience)
+            except socket.timeout:
+                more = self.refuse(Refusal("timeout", "no request on a new connection"), None, ())
+            while more:
                 server.busy.add(self)
                 try:
-                    if not self.handle_request(deadline or time.monotonic() + server.config.request_timeout_seconds):
-                        return
+                    more = self.handle_request(deadline)
                 finally:
                     server.busy.discard(self)
-                deadline, patience = 0, KEEP_ALIVE_SECONDS
-        except socket.timeout:
-            if deadline:
-                self.refuse(Refusal("timeout", "no request on a new connection"), None, ())
-        except OSError:
-            pass  # the sender is gone: there is nobody to tell
+                more = more and (self.start < len(self.buffer) or self.receive(KEEP_ALIVE_SECONDS))
+                deadline = time.monotonic() + server.config.request_timeout_seconds
 
     def receive(self, patience: float) -> bool:
         """Add to the buffer what arrives within `patience` seconds; False at the end of the stream."""
@@ -1664,7 +1669,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(refusal, request, webhooks)
 
     def reply(
-        self, request: Optional[Request], status: int, body: bytes, kind: str = "application/json", *extra: str
+        self, request: Optional[Request], status: int, body: bytes, kind: str = JSON, *extra: str
     ) -> bool:
         """Send a reply; return whether another request may follow. `request` is None where it could not be parsed."""
         options = request.headers.get("connection", "").lower() if request else "close"
@@ -1674,7 +1679,7 @@ class Handler(BaseHTTPRequestHandler):
             extra += () if close else ("Connection: keep-alive",)
         extra += ("Connection: close",) if close else ()
         head_only = request is not None and request.method == "HEAD"
-        self.request.sendall(encode_reply(status, body, *extra, head_only=head_only, kind=kind))
+        self.request.sendall(encode_reply(int(time.time()), status, kind, body, head_only, *extra))
         if close and (status != 200 or self.server.stopping):
             linger(self.request)
         return not close
@@ -1692,7 +1697,7 @@ class Handler(BaseHTTPRequestHandler):
         scheme = "Bearer" if any(webhook.provider for webhook in webhooks) else "HMAC-SHA256"
         extra = {401: f"WWW-Authenticate: {scheme}", 405: f"Allow: {'GET, HEAD' if own else 'POST'}", 503: "Retry-After: 1"}
         extra = {status: extra[status]} if status in extra else {}
-        return self.reply(request, status, json.dumps({"error": error}).encode(), "application/json", *extra.values())
+        return self.reply(request, status, json.dumps({"error": error}).encode(), JSON, *extra.values())
 
     def read_head(self, deadline: float) -> Request:
         """Read up to the empty line and parse it."""
@@ -1863,7 +1868,7 @@ class Receiver(ThreadingHTTPServer):
         self.metrics, self.rejections = Metrics(), RejectionLog()
         self.metrics.add_webhooks([webhook.name for webhook in config.webhooks])
         self.handed: queue.SimpleQueue[tuple[socket.socket, Any]] = queue.SimpleQueue()
-        self.refused: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+        self.refused: queue.SimpleQueue[tuple[socket.socket, float]] = queue.SimpleQueue()
         self.idle_lock, self.idle_workers = threading.Lock(), 0
         self.old_tokens_named: dict[tuple[str, int], float] = {}
         host = "127.0.0.1" if config.host == "localhost" else config.host
@@ -1878,7 +1883,7 @@ class Receiver(ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
         self.socket.setblocking(False)
         self.server_address = self.socket.getsockname()
-        threading.Thread(target=self.linger_for_refused, name="refused", daemon=True).start()
+        threading.Thread(target=self.close_refused, daemon=True).start()
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's look-up of the host's name, which can hang."""
@@ -1915,18 +1920,22 @@ class Receiver(ThreadingHTTPServer):
             LOG.warning("503 to %s: overload: %s", self.peer_of(client_address, None), problem)
         with contextlib.suppress(OSError):
             request.setblocking(False)
-            request.send(encode_reply(503, b'{"error": "unavailable"}', "Retry-After: 1", "Connection: close"))
+            now, unavailable = int(time.time()), b'{"error": "unavailable"}'
+            request.send(encode_reply(now, 503, JSON, unavailable, False, "Retry-After: 1", "Connection: close"))
             request.shutdown(socket.SHUT_WR)
         if self.refused.qsize() < MAX_LINGERING:
-            self.refused.put(request)
+            self.refused.put((request, time.monotonic() + LINGER_SECONDS))
         else:
             request.close()
 
-    def linger_for_refused(self) -> None:
-        """Give those above max_connections the time to read their answer; one after the other, most are ready at once."""
+    def close_refused(self) -> None:
+        """Close those above max_connections once they have had the time to read their answer; see `linger`."""
         while True:
-            request = self.refused.get()
-            linger(request)
+            request, deadline = self.refused.get()
+            time.sleep(max(0, deadline - time.monotonic()))
+            with contextlib.suppress(OSError):
+                while request.recv(RECEIVE_BYTES):
+                    pass
             request.close()
 
     def work(self) -> None:
@@ -1976,8 +1985,8 @@ class Receiver(ThreadingHTTPServer):
         if path == "/metrics":
             return 200, self.metrics.render(len(self.busy)), "text/plain; version=0.0.4; charset=utf-8"
         if self.outputs.failing or self.stopping:
-            return 503, b'{"error": "unavailable"}', "application/json"
-        return 200, b'{"status": "ok"}', "application/json"
+            return 503, b'{"error": "unavailable"}', JSON
+        return 200, b'{"status": "ok"}', JSON
 
     def accept(self, request: Request, webhooks: Sequence[Webhook], now: float) -> bytes:
         """Take a POST along the way of a delivery; return the body of the 200: authentic, and kept.
@@ -1985,12 +1994,17 @@ class Receiver(ThreadingHTTPServer):
         Raises:
             Refusal: it is not, and nothing is lost: whoever gets no 200 may send again.
         """
-        webhook, proof = check_webhooks(webhooks, request, now)  # authentic and recent
+        webhook, proof = check_webhooks(webhooks, request, now)  # authentic
+        try:
+            check_age(proof.sent, webhook.replay_window_seconds, now)  # recent
+            if not webhook.memory.claim(proof.keys):  # new
+                self.metrics.count(webhook.name, "duplicate")
+                return b'{"status": "duplicate"}'
+        except Refusal as refusal:
+            refusal.webhook = webhook.name
+            raise
         if proof.token:
             self.name_old_token(webhook, proof.token)
-        if not webhook.memory.claim(proof.keys):  # new
-            self.metrics.count(webhook.name, "duplicate")
-            return b'{"status": "duplicate"}'
         kept, text = False, json_text(request.body)
         try:
             if text is not None and webhook.api_key and webhook.api_key.place == "field":
@@ -2001,13 +2015,13 @@ class Receiver(ThreadingHTTPServer):
             handle_alert(delivery)
             line = render_json(delivery).encode()
             shown = self.render(delivery).encode(errors="backslashreplace") if self.render else line + b"}\n"
-            self.outputs.keep(shown, b'%b, "key": %b}\n' % (line, quote(key).encode() if key else b"null"))
+            self.outputs.keep(shown, b'%b, "key": %b}\n' % (line, quote(key).encode() if key else b"null"))  # kept
             kept = True
-        except OutputError as error:
-            raise Refusal("output", str(error)) from None
         except Exception as error:
-            LOG.debug("handle_alert", exc_info=True)
-            raise Refusal("handler", f"{type(error).__name__}: {error}") from None
+            reason = "output" if isinstance(error, OutputError) else "handler"
+            LOG.debug("not kept", exc_info=True)
+            detail = str(error) if reason == "output" else f"{type(error).__name__}: {error}"
+            raise Refusal(reason, detail, webhook.name) from None
         finally:
             webhook.memory.settle(proof.keys, kept=kept)
         self.metrics.count(webhook.name, "accepted", now)
@@ -2211,7 +2225,7 @@ SAMPLES: dict[str, dict[str, Any]] = {  # shaped like what the vendors document;
 def sign_sample(webhook: Webhook, query: Optional[str], number: int, now: float) -> tuple[dict[str, str], bytes]:
     """Return the headers and the body of a sample alert, signed with the first token as the sender would."""
     payload = {**SAMPLES[webhook.type], "timestamp": int(now), "time": format_utc(now), "sample": number}
-    headers = {"content-type": "application/json", "date": http_date(int(now))}
+    headers = {"content-type": JSON, "date": email.utils.formatdate(now, usegmt=True)}
     if webhook.api_key:
         (payload if webhook.api_key.place == "field" else headers)[webhook.api_key.name] = webhook.api_key.values[0]
     body, token, scheme = json.dumps(payload).encode(), webhook.tokens[0], HEADER_SIGNATURES.get(webhook.type)
@@ -2356,6 +2370,10 @@ def start(config: Config, path: str, render: Render) -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
+    if sys.platform != "win32":
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # connections above max_connections need descriptors too
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
         # One thread at a time runs Python, and handing the interpreter lock to another processor costs more than all
         # the work of a delivery: half of the processor time, also beside a busy neighbour.
