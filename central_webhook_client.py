@@ -122,7 +122,7 @@ REFUSALS = {reason: (code, error) for code, (error, reasons) in _REASONS.items()
 
 
 class Refusal(Exception):
-    """A request is not accepted. `reason` is a key of REFUSALS; the detail is for the operator's log, not the sender."""
+    """A request is not accepted. `reason` is a key of REFUSALS; the detail is for the log, never for the sender."""
 
     def __init__(self, reason: str, detail: str, webhook: str = "") -> None:
         super().__init__(detail)
@@ -137,7 +137,7 @@ class ConfigError(Exception):
     """The configuration is wrong; one argument for each mistake."""
 
 
-# ---- Signature of classic Central: the part to copy --------------------------
+# ---- Signature of classic Central: the part to copy -------------------------
 # Needs base64, hmac and typing. Source: Central's "Webhooks" help page and the vendor's sample.
 
 
@@ -195,7 +195,7 @@ def verify_signature(
     raise SignatureError(scheme.header + " does not match")
 
 
-# ---- Signatures of the other senders ------------------------------------------
+# ---- Signatures of the other senders ----------------------------------------
 
 HEADER_SIGNATURES = {  # a sender of this kind is one line: header, prefix, encoding, signed headers
     "central": CENTRAL,
@@ -231,7 +231,7 @@ class ApiKey(NamedTuple):
 
 
 def check_header_signature(request: Request, tokens: Sequence[str], scheme: HeaderSignature) -> int:
-    """Verify a request as `verify_signature` does, and that no header of the scheme, nor X-Central one, occurs twice."""
+    """Verify as `verify_signature`, and that no header of the scheme, nor any X-Central header, occurs twice."""
     for name in request.repeated:
         if name == scheme.header or scheme.signed_headers and name.startswith("x-central-"):
             raise SignatureError(name + " occurs more than once")
@@ -245,20 +245,21 @@ def check_api_key(request: Request, api_key: ApiKey) -> None:
         Refusal: the key is missing, there twice, or another one.
     """
     if api_key.place == "header":
-        value = "" if api_key.name in request.repeated else request.headers.get(api_key.name, "")
-        received = [value, value.partition(" ")[2]]
+        value = b"" if api_key.name in request.repeated else request.headers.get(api_key.name, "").encode("latin-1")
+        received = [value, value.partition(b" ")[2]]
     else:
         text = json_text(request.body) or ""
         found = [text[start:end] for start, end in find_top_level_field(text, api_key.name)]
-        received = [json.loads(found[0]) if len(found) == 1 and found[0].startswith('"') else ""]
+        string = json.loads(found[0]) if len(found) == 1 and found[0].startswith('"') else ""
+        received = [string.encode(errors="replace")]
     if not received[0]:
         raise Refusal("api_key", f"the {api_key.place} {api_key.name!r} is missing, empty or there twice")
     pairs = itertools.product(api_key.values, received)
-    if not any([hmac.compare_digest(ours.encode(), theirs.encode(errors="replace")) for ours, theirs in pairs]):
+    if not any([hmac.compare_digest(ours.encode(), theirs) for ours, theirs in pairs]):
         raise Refusal("api_key", f"the {api_key.place} {api_key.name!r} holds another key")
 
 
-# ---- JSON, kept as it was written ----------------------------------------------
+# ---- JSON, kept as it was written -------------------------------------------
 
 
 def parse_integer(text: str) -> Any:
@@ -348,7 +349,7 @@ def indent_json(text: str) -> str:
     return "".join(pieces)
 
 
-# ---- HTTP message signatures of new Central (RFC 9421) -------------------------
+# ---- HTTP message signatures of new Central (RFC 9421) ----------------------
 
 # Security: these are the grammars of RFC 8941 section 3, nothing laxer. A string that may hold a line feed lets an
 # attacker write lines of the signature base (RFC 9421 section 7.5.3).
@@ -456,7 +457,7 @@ def encode_query(text: str) -> str:
 
 
 def component_value(request: Request, component: Item, url: PublicUrl, target: str) -> str:
-    """Return the value of a covered component (RFC 9421 sections 2.1, 2.2). Raises SignatureError where there is none."""
+    """Return the value of a covered component (RFC 9421 sections 2.1, 2.2). Raises SignatureError without one."""
     name, query = component.value, "" if request.query is None else "?" + request.query
     values: dict[str, Optional[str]] = {
         "@method": request.method,
@@ -571,7 +572,7 @@ def verify_message_signature(
     raise failure
 
 
-# ---- OIDC access tokens ---------------------------------------------------------
+# ---- OIDC access tokens -----------------------------------------------------
 
 
 class Oidc(NamedTuple):
@@ -653,7 +654,8 @@ def verify_access_token(request: Request, oidc: Oidc, keys_for: KeysFor, now: fl
     try:
         if scheme.lower() != "bearer" or len(parts) != 3 or "authorization" in request.repeated:
             raise ValueError
-        (header, claims), signature = map(parse_json_object, map(decode_base64url, parts[:2])), decode_base64url(parts[2])
+        header, claims = map(parse_json_object, map(decode_base64url, parts[:2]))
+        signature = decode_base64url(parts[2])
     except ValueError:
         raise Refusal("oidc", "authorization is missing, there twice, or no bearer JWT") from None
     algorithm, kid = header.get("alg"), header.get("kid")
@@ -688,7 +690,7 @@ def check_claims(claims: dict[str, Any], oidc: Oidc, issuer: str, now: float) ->
         raise Refusal("oidc", "the access token is of another client")
 
 
-# ---- Recent and new ---------------------------------------------------------------
+# ---- Recent and new ---------------------------------------------------------
 
 _ISO_8601 = re.compile(
     r"([0-9]{4}-?[0-9]{2}-?[0-9]{2})[Tt ]([01][0-9]|2[0-3]):?([0-5][0-9]):?([0-5][0-9]|60)"  # 60: a leap second
@@ -742,7 +744,8 @@ def check_age(sent: Optional[float], window_seconds: float, now: float) -> None:
         raise Refusal("stale", "its time stamp is not understood")
     age = now - sent
     if age > window_seconds:
-        raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, allowed are {window_seconds / 3600:g}; is a clock off?")
+        allowed = f"allowed are {window_seconds / 3600:g}"
+        raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, {allowed}; is a clock off?")
     if age < -MAX_FUTURE_SECONDS:
         raise Refusal("stale", f"sent {-age / 60:.0f} minutes in the future; is a clock off?")
 
@@ -756,7 +759,7 @@ class Memory:
     """What a webhook has accepted, so that nothing is accepted twice. A class because it is the state of section 6.
 
     Always true: a key is in at most one of `seen` and `pending`; `seen` holds the keys of `order`, which forgets the
-    oldest. Each delivery has the keys that `identify` gives it, and is known if any of them is.
+    oldest. Each delivery has the keys that `check_webhook` finds, and is known if any of them is.
     """
 
     def __init__(self) -> None:
@@ -790,7 +793,7 @@ class Memory:
                     self.seen.difference_update(self.order.popleft())
 
 
-# ---- Your own code: the function to edit ---------------------------------------------
+# ---- Your own code: the function to edit ------------------------------------
 
 
 class Delivery(NamedTuple):
@@ -823,7 +826,7 @@ def handle_alert(delivery: Delivery) -> None:
     """
 
 
-# ---- Output ------------------------------------------------------------------------
+# ---- Output -----------------------------------------------------------------
 
 LOG = logging.getLogger(PROGRAM)
 
@@ -848,20 +851,22 @@ def render_json(delivery: Delivery) -> str:
             alert = f'null, "body": {ascii_line(quote(delivery.body.decode()))}'
         except ValueError:
             alert = f'null, "body_base64": "{base64.b64encode(delivery.body).decode()}"'
-    delivery_id, sent_at = ("null" if text is None else quote(text) for text in (delivery.delivery_id, delivery.sent_at))
+    sent = delivery.delivery_id, delivery.sent_at
+    delivery_id, sent_at = ["null" if text is None else quote(text) for text in sent]
     return (
         f'{{"received_at": "{format_utc(delivery.received_at)}", "webhook": {quote(delivery.webhook)}, '
         f'"type": "{delivery.type}", "delivery_id": {delivery_id}, "sent_at": {sent_at}, "alert": {alert}'
     )
 
 
-_COLOURS = {"critical": "1;31", "major": "31", "minor": "33", "warning": "33", "info": "36", "close": "32", "cleared": "32"}
+_COLOURS = {"critical": "1;31", "major": "31", "minor": "33", "warning": "33", "info": "36", "close": "32"}
+_COLOURS["cleared"] = _COLOURS["close"]
 
 
 def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: int) -> str:
     """Render a delivery for a person: a header line, cut to `columns` (0: not), then the alert, indented."""
-    alert = delivery.payload
-    sources = [source for source in (alert, alert.get("details") if isinstance(alert, dict) else None) if isinstance(source, dict)]
+    alert = delivery.payload if isinstance(delivery.payload, dict) else {}
+    sources = [alert, alert["details"]] if isinstance(alert.get("details"), dict) else [alert]
 
     def first(*names: str) -> str:
         values = (source.get(name) for source in sources for name in names)
@@ -891,6 +896,9 @@ def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: in
     return header.rstrip() + "\n  " + shown.replace("\n", "\n  ") + "\n"
 
 
+Render = Optional[Callable[[Delivery], str]]  # how stdout shows a delivery; None: as JSON Lines
+
+
 class Entry:
     """A delivery on its way to the outputs: what to write, until when (monotonic seconds), and what came of it."""
 
@@ -903,7 +911,7 @@ class Outputs:
     """stdout and the log file. A class because deliveries that arrive together share one write and one sync.
 
     Whoever holds `turn` writes for all who wait (group commit): one alone waits for nobody, and while one batch goes to
-    the disk the next one gathers. Always true: the log ends with a whole line, or `cut_to` says where its last one ends.
+    the disk the next one gathers. Always true: the log ends with a whole line, or `cut_to` says where the last ends.
     """
 
     def __init__(self, log_file: Optional[str], patience_seconds: float) -> None:
@@ -982,8 +990,8 @@ class Outputs:
             raise OutputError(f"stdout: {error.strerror}") from None
         finally:
             # Keep only what completes a line that is half out: what has not begun is answered 503 and comes again.
-            torn = start > 0 and data[start - 1 : start] != b"\n"
-            self.torn = data[start : data.find(b"\n", start) + 1] if torn else b""
+            is_torn = data[start - 1 : start] != b"\n" if start else self.torn
+            self.torn = data[start : data.find(b"\n", start) + 1] if is_torn else b""
 
     def append_log(self, log: int, data: bytes) -> None:
         """Append to the log, synced; on failure cut it back to its last whole line and raise OutputError."""
@@ -1010,10 +1018,13 @@ class Outputs:
         with self.turn:
             same = False
             with contextlib.suppress(OSError):
-                same = bool(log_file and self.log) and os.path.samestat(os.stat(log_file or ""), os.fstat(self.log or 0))
+                if log_file and self.log is not None:
+                    same = os.path.samestat(os.stat(log_file), os.fstat(self.log))
             if not same:
                 log = open_log(log_file) if log_file else None
                 if self.log is not None:
+                    with contextlib.suppress(OSError):
+                        self.cut_log(self.log)
                     os.close(self.log)
                 self.log, self.log_path, self.cut_to = log, log_file, None
             self.patience_seconds = patience_seconds
@@ -1034,9 +1045,10 @@ def open_log(path: str) -> int:
                 raise OutputError(f"{path}: not a regular file")
             if sys.platform != "win32":
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-                os.fsync(directory)  # a new file's name has to survive a power loss too
-                os.close(directory)
+                with contextlib.suppress(PermissionError):  # a new file's name has to survive a power loss too
+                    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+                    os.fsync(directory)
+                    os.close(directory)
             half = next(lines_from_end(path))
             if half:
                 os.ftruncate(log, os.fstat(log).st_size - len(half))
@@ -1069,7 +1081,7 @@ def lines_from_end(path: str) -> Iterator[bytes]:
         yield b"".join(reversed(parts))
 
 
-_LOG_LINE = re.compile(rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}', re.DOTALL)
+_LOG_LINE = re.compile(rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}')
 
 
 def load_memories(path: str, memories: Mapping[str, Memory]) -> int:
@@ -1087,7 +1099,7 @@ def load_memories(path: str, memories: Mapping[str, Memory]) -> int:
     return sum(map(len, found.values()))
 
 
-# ---- Configuration ---------------------------------------------------------------------
+# ---- Configuration ----------------------------------------------------------
 
 
 class Webhook(NamedTuple):
@@ -1122,7 +1134,7 @@ OWN_PATHS = ("/health", "/metrics")
 
 
 def is_text(value: Any) -> bool:
-    """Tell whether `value` is a string that is not empty, with no white space around it nor control characters in it."""
+    """Tell whether `value` is a string, not empty, no white space around it, no control characters in it."""
     return isinstance(value, str) and bool(value) and value == value.strip() and not _UNSAFE.search(value)
 
 
@@ -1211,14 +1223,15 @@ class ConfigReader:
     """Reads typed values out of a parsed configuration. A class because it gathers every mistake instead of raising."""
 
     def __init__(self, folder: str) -> None:
-        self.folder = folder
+        self.folder, self.has_secret = folder, False
         self.mistakes: list[str] = []
         self.warnings: list[str] = []
 
     def section(self, found: Any, where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
         """Return the values of all `keys`, the default where one is missing or wrong."""
         if not isinstance(found, dict):
-            self.mistakes.append(f"{where or 'the file'}: expected an object, found {describe_value(found)}")
+            shown = describe_value(found, secret=True)
+            self.mistakes.append(f"{where or 'the file'}: expected an object, found {shown}")
             return {name: None for name in keys}
         prefix = f"{where}." if where else ""
         for name in found.keys() - keys.keys():
@@ -1238,9 +1251,11 @@ class ConfigReader:
         """Check a secret or an array of secrets; the mistakes do not show them."""
         values = found if isinstance(found, list) and found else [found]
         for index, value in enumerate(values):
+            place = f"{where}[{index}]" if found is values else where
             problem = ""
             if not isinstance(value, str) or not value:
-                problem = f"a string that is not empty, found {describe_value(value, secret=True)}"
+                shown = "an empty one" if value == "" else describe_value(value, secret=True)
+                problem = f"a string that is not empty, found {shown}"
             elif value != value.strip():
                 problem = "no white space around it, found some"
             elif value.startswith("<") and value.endswith(">"):
@@ -1248,7 +1263,7 @@ class ConfigReader:
             elif re.search("[\ud800-\udfff]", value):
                 problem = "Unicode text, found a surrogate"
             if problem:
-                self.mistakes.append(f"{where}[{index}]: expected {problem}" if found is values else f"{where}: expected {problem}")
+                self.mistakes.append(f"{place}: expected {problem}")
         return tuple(values)
 
     def warn_if_readable(self, path: str) -> None:
@@ -1280,7 +1295,8 @@ class ConfigReader:
             mistakes.append(f"{where}.name: expected a string, found nothing: several webhooks need names")
         tokens: tuple[str, ...] = ()
         if ("token" in has) == ("token_file" in has):
-            mistakes.append(f"{where}.token: expected one of token and token_file, found {'both' if has.get('token') else 'none'}")
+            both = "both" if "token" in has else "neither"
+            mistakes.append(f"{where}.token: expected one of token and token_file, found {both}")
         elif "token" in has:
             tokens = self.secrets(has["token"], f"{where}.token")
         elif read["token_file"]:
@@ -1294,10 +1310,11 @@ class ConfigReader:
             except ValueError as error:
                 mistakes.append(f"{where}.public_url: {error}, found {describe_value(read['public_url'])}")
         api_key = provider = None
+        self.has_secret = self.has_secret or "token" in has or "api_key" in has
         if "api_key" in has:
-            keys = self.section(has["api_key"], f"{where}.api_key", API_KEY_KEYS)
-            values = self.secrets(keys["value"], f"{where}.api_key.value")
-            if bool(keys["header"]) == bool(keys["field"]):
+            keys, given = self.section(has["api_key"], f"{where}.api_key", API_KEY_KEYS), has["api_key"]
+            values = self.secrets(keys["value"], f"{where}.api_key.value") if isinstance(given, dict) else ()
+            if isinstance(given, dict) and ("header" in given) == ("field" in given):
                 mistakes.append(f"{where}.api_key: expected one of header and field")
             place = "header" if keys["header"] else "field"
             api_key = ApiKey(place, str(keys["header"] or "").lower() or keys["field"], values)
@@ -1321,16 +1338,17 @@ def describe_value(value: Any, secret: bool = False) -> str:
     """Say what was found: a plain value as JSON, of others and of secrets only the type."""
     if not secret and not isinstance(value, (dict, list)):
         return escape_text(json.dumps(value))[:100]
-    kinds = {dict: "an object", list: "an array", str: "an empty string", bool: "a boolean", type(None): "nothing"}
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "nothing"}
     return kinds.get(type(value), "a number")
 
 
-def read_config(text: bytes, folder: str = "") -> Config:
-    """Parse and check a configuration; relative paths are relative to `folder`. Reads token files and nothing else.
+def read_config(text: bytes, path: str = "") -> Config:
+    """Parse and check the configuration that `path` holds: relative paths are relative to it. Reads token files.
 
     Raises:
         ConfigError: one argument for each mistake.
     """
+    folder = os.path.dirname(path)
     reader = ConfigReader(folder)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1356,6 +1374,8 @@ def read_config(text: bytes, folder: str = "") -> Config:
     names = [webhook.name for webhook in webhooks]
     for name in sorted({name for name in names if names.count(name) > 1}):
         reader.mistakes.append(f"{where}: expected a different name for each, found {json.dumps(name)} twice")
+    if reader.has_secret and path:
+        reader.warn_if_readable(path)
     if reader.mistakes:
         raise ConfigError(*reader.mistakes)
     web["port"], web["log_file"] = int(web["port"]), web["log_file"] and os.path.join(folder, web["log_file"])
@@ -1364,16 +1384,11 @@ def read_config(text: bytes, folder: str = "") -> Config:
 
 def load_config(path: str) -> Config:
     """Read and check a configuration file. Raises ConfigError."""
-    reader = ConfigReader("")
     try:
         with open(path, "rb") as file:
-            text = file.read()
-        if b'"token"' in text or b'"value"' in text:
-            reader.warn_if_readable(path)
+            return read_config(file.read(), path)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
-    config = read_config(text, os.path.dirname(path))
-    return config._replace(warnings=(*reader.warnings, *config.warnings))
 
 
 def describe_webhook(webhook: Webhook) -> str:
@@ -1395,7 +1410,7 @@ def describe_webhook(webhook: Webhook) -> str:
     ])  # fmt: skip
 
 
-# ---- The way of a delivery: checks in their order, hints for the operator -----------------
+# ---- The way of a delivery: checks in their order, hints for the operator ---
 
 
 class Proof(NamedTuple):
@@ -1428,18 +1443,19 @@ def check_webhook(webhook: Webhook, request: Request, now: float) -> Proof:
     if webhook.provider:
         verify_access_token(request, webhook.provider.oidc, webhook.provider.keys_for, now)
     if webhook.type == "central":
-        signature, _, delivery_id, sent_at = (request.headers[name] for name in (CENTRAL.header, *CENTRAL.signed_headers))
+        signature = request.headers[CENTRAL.header]
+        _, delivery_id, sent_at = [request.headers[name] for name in CENTRAL.signed_headers]
         # Security: bytes can be moved between the signed headers, so the signature names the delivery, not its ID; a
         # retry that is signed anew has another signature, so its ID with the body names it as well.
         keys = (short_digest(signature.encode()), short_digest(delivery_id.encode("latin-1"), request.body))
         return Proof(token, sent, sent_at, delivery_id, keys)
-    told = webhook.type not in ("bracken", "entrupy")  # their senders give nothing that tells a replay from a repetition
+    told = webhook.type not in ("bracken", "entrupy")  # nothing tells a replay of theirs from a repeated event
     shown = format_utc(sent) if sent is not None and abs(sent) < 1e11 else None
     return Proof(token, sent, shown, None, (short_digest(request.body),) if told else ())
 
 
 def check_webhooks(webhooks: Sequence[Webhook], request: Request, now: float) -> tuple[Webhook, Proof]:
-    """Return the first webhook whose checks all pass, with the proof. Raises Refusal: that of the one that got furthest."""
+    """Return the first webhook whose checks all pass, and the proof. Raises the Refusal of who got furthest."""
     refusals = []
     for webhook in webhooks:
         try:
@@ -1484,14 +1500,13 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
     return "wrong token, or something was changed on the way" if is_classic or is_new else ""
 
 
-# ---- HTTP: strict parsing of a request ------------------------------------------------------
+# ---- HTTP: strict parsing of a request --------------------------------------
 
 _REQUEST_LINE = re.compile(rf"{_TOKEN} [!-~]+ HTTP/[0-9]\.[0-9]".encode())
 _FIELD_BYTES = bytes({9, *range(0x20, 0x7F), *range(0x80, 0x100)})
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?")
-_CHUNK_LINE = re.compile(  # RFC 9112 section 7.1
-    rf'([0-9A-Fa-f]{{1,16}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?)*'.encode()
-)
+_CHUNK_EXTENSION = rf'[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
+_CHUNK_LINE = re.compile(f"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*".encode())  # RFC 9112 section 7.1
 
 
 @functools.lru_cache(maxsize=512)
@@ -1559,7 +1574,8 @@ def parse_framing(request: Request, max_body_bytes: int) -> Optional[int]:
     length, coding = request.headers.get("content-length"), request.headers.get("transfer-encoding")
     if coding is not None:
         codings = {part.strip().lower() for part in coding.split(",")}
-        if length is not None or request.version == "HTTP/1.0" or codings <= {"chunked", ""} and coding.lower() != "chunked":
+        twice = codings <= {"chunked", ""} and coding.lower() != "chunked"
+        if length is not None or request.version == "HTTP/1.0" or twice:
             raise Refusal("malformed", "Transfer-Encoding twice, with Content-Length or in HTTP/1.0")
         if codings != {"chunked"}:
             raise Refusal("coding", f"Transfer-Encoding is {coding[:40]!r}, expected chunked")
@@ -1592,7 +1608,7 @@ def encode_reply(second: int, status: int, kind: str, body: bytes, head_only: bo
     return "\r\n".join([*lines, "", ""]).encode() + (b"" if head_only else body)
 
 
-# ---- HTTP server -----------------------------------------------------------------------------
+# ---- HTTP server ------------------------------------------------------------
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -1657,13 +1673,17 @@ class Handler(BaseHTTPRequestHandler):
             request = self.read_head(deadline)
             length = parse_framing(request, config.max_body_bytes)
             webhooks = server.route(request)
-            if length != 0 and request.version == "HTTP/1.1" and request.headers.get("expect", "").lower() == "100-continue":
+            expects = request.headers.get("expect", "").lower() == "100-continue" and request.version == "HTTP/1.1"
+            if expects and length != 0:
                 self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = self.read_chunked(deadline) if length is None else self.read_body(length, deadline)
             server.metrics.body_bytes += len(body)
             request = Request(*request[:6], body)
             if webhooks:
-                return self.reply(request, 200, server.accept(request, webhooks, time.time()))
+                answer = server.accept(request, webhooks, time.time())
+                if LOG.isEnabledFor(logging.DEBUG):
+                    LOG.debug("200 to %s: %s", server.peer_of(self.client_address, request), answer.decode())
+                return self.reply(request, 200, answer)
             return self.reply(request, *server.own_answer(request.path))
         except Refusal as refusal:
             return self.refuse(refusal, request, webhooks)
@@ -1690,14 +1710,15 @@ class Handler(BaseHTTPRequestHandler):
         name = refusal.webhook if refusal.webhook or len(webhooks) != 1 else webhooks[0].name
         server.metrics.count(name, refusal.reason)
         if server.rejections.admit():
-            hint = explain(request, webhooks, server.config.webhooks) if request and refusal.reason == "signature" else ""
+            hint = ""
+            if request and refusal.reason == "signature":
+                hint = explain(request, webhooks, server.config.webhooks)
             peer, shown = server.peer_of(self.client_address, request), f" for {name!r}" if name else ""
             LOG.warning("%d to %s%s: %s: %s%s", status, peer, shown, refusal.reason, refusal, hint and f" ({hint})")
-        own = request is not None and request.path in OWN_PATHS
         scheme = "Bearer" if any(webhook.provider for webhook in webhooks) else "HMAC-SHA256"
-        extra = {401: f"WWW-Authenticate: {scheme}", 405: f"Allow: {'GET, HEAD' if own else 'POST'}", 503: "Retry-After: 1"}
-        extra = {status: extra[status]} if status in extra else {}
-        return self.reply(request, status, json.dumps({"error": error}).encode(), JSON, *extra.values())
+        allow = "GET, HEAD" if request and request.path in OWN_PATHS else "POST"
+        extra = {401: f"WWW-Authenticate: {scheme}", 405: f"Allow: {allow}", 503: "Retry-After: 1"}.get(status)
+        return self.reply(request, status, json.dumps({"error": error}).encode(), JSON, *([extra] if extra else []))
 
     def read_head(self, deadline: float) -> Request:
         """Read up to the empty line and parse it."""
@@ -1764,7 +1785,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def linger(connection: socket.socket) -> None:
-    """Read and drop what the sender still sends: closing with unread data resets the connection, and it loses the answer."""
+    """Read and drop what still comes: to close with unread data is to reset the connection, which loses the answer."""
     deadline, scratch = time.monotonic() + LINGER_SECONDS, bytearray(RECEIVE_BYTES)
     with contextlib.suppress(OSError, ValueError):
         connection.shutdown(socket.SHUT_WR)
@@ -1854,9 +1875,7 @@ class Receiver(ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
     request_queue_size = LISTEN_QUEUE
 
-    def __init__(
-        self, config: Config, outputs: Outputs, render: Optional[Callable[[Delivery], str]], inherited: Optional[int] = None
-    ) -> None:
+    def __init__(self, config: Config, outputs: Outputs, render: Render, inherited: Optional[int] = None) -> None:
         """Bind the configured address, or use an inherited descriptor. `render` is for stdout; None: JSON Lines.
 
         Raises:
@@ -2011,7 +2030,8 @@ class Receiver(ThreadingHTTPServer):
                 (start, end), *_ = find_top_level_field(text, webhook.api_key.name)
                 text = f'{text[:start]}"***"{text[end:]}'
             key = ".".join([part.hex() for part in proof.keys]) or None
-            delivery = Delivery(now, webhook.name, webhook.type, proof.delivery_id, proof.sent_at, request.body, text, key)
+            sent = proof.delivery_id, proof.sent_at
+            delivery = Delivery(now, webhook.name, webhook.type, *sent, request.body, text, key)
             handle_alert(delivery)
             line = render_json(delivery).encode()
             shown = self.render(delivery).encode(errors="backslashreplace") if self.render else line + b"}\n"
@@ -2054,7 +2074,7 @@ class Receiver(ThreadingHTTPServer):
         self.config = config._replace(host=self.config.host, port=self.config.port, webhooks=tuple(webhooks))
 
 
-# ---- The OIDC provider's keys -------------------------------------------------------------------
+# ---- The OIDC provider's keys -----------------------------------------------
 
 
 class Provider:
@@ -2133,7 +2153,7 @@ def fetch_json(url: str, deadline: float) -> dict[str, Any]:
     raise ValueError("the answer is too large or too slow")
 
 
-# ---- Life: signals, systemd ----------------------------------------------------------------------
+# ---- Life: signals, systemd -------------------------------------------------
 
 
 def notify(*lines: str) -> None:
@@ -2195,6 +2215,9 @@ def serve(receiver: Receiver, path: str, events: queue.SimpleQueue[int]) -> int:
         time.sleep(0.02)
         now = time.monotonic()
         quiet = now if receiver.busy else quiet
+    if receiver.outputs.torn and receiver.outputs.turn.acquire(timeout=1):
+        with contextlib.suppress(OutputError):
+            receiver.outputs.write_stdout(b"", time.monotonic() + 1)
     if receiver.outputs.gone.is_set():
         LOG.error("stopped: nobody reads stdout any more")
         return EX_CANNOT_SERVE
@@ -2202,7 +2225,7 @@ def serve(receiver: Receiver, path: str, events: queue.SimpleQueue[int]) -> int:
     return 0
 
 
-# ---- Command line ------------------------------------------------------------------------------------
+# ---- Command line -----------------------------------------------------------
 
 SAMPLES: dict[str, dict[str, Any]] = {  # shaped like what the vendors document; times are added when sent
     "central": {
@@ -2280,9 +2303,6 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     return 0 if status == 200 else EX_CANNOT_SERVE
 
 
-Render = Optional[Callable[[Delivery], str]]
-
-
 def run_demo(render: Render) -> int:
     """Start a receiver on a free port of this machine, send it samples and a forgery, show what a user would see."""
     webhook = {"name": "demo", "token": base64.b64encode(os.urandom(15)).decode()}
@@ -2297,7 +2317,8 @@ def run_demo(render: Render) -> int:
         headers, body = sign_sample(config.webhooks[0], None, number, time.time())
         kind, expected = f"signed alert {number}", 200
         if number == 4:
-            body, kind, expected = body.replace(b"Critical", b"Harmless"), "forged alert, one word of its body changed", 401
+            kind, expected = "forged alert, one word of its body changed", 401
+            body = body.replace(b"Critical", b"Harmless")
         status, answer = post(url, headers, body)
         print(f"{kind}: {status} {answer}", file=sys.stderr)
         passed = passed and status == expected
@@ -2322,11 +2343,12 @@ def fail(message: str, code: int) -> int:
 
 def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line; exits with 2 on wrong usage."""
-    parser = argparse.ArgumentParser(PROGRAM, description="Receive, verify and hand on webhook alerts of Aruba Central.")
+    parser = argparse.ArgumentParser(PROGRAM, description="Receive, verify and hand on alerts of Aruba Central.")
     add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
     add("-i", "--input", metavar="FILE", help="the configuration, see input_info.json.example")
     mode.add_argument("-t", "--check-config", action="store_true", help="check the configuration and exit")
-    mode.add_argument("--send-sample", nargs="?", const="", metavar="URL", help="send a signed sample alert (to the configured address)")
+    sample = "send a signed sample alert to URL (default: the configured address) and exit"
+    mode.add_argument("--send-sample", nargs="?", const="", metavar="URL", help=sample)
     mode.add_argument("--demo", action="store_true", help="show it at work; needs no configuration")
     add("--webhook", metavar="NAME", help="with --send-sample: which of several webhooks")
     add("--header", metavar="'NAME: VALUE'", action="append", default=[], help="with --send-sample: a header to add")
@@ -2390,7 +2412,7 @@ def start(config: Config, path: str, render: Render) -> int:
     address: Any = receiver.server_address
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     shown = f"{address[0]} port {address[1]} (http://{host}:{address[1]})" if isinstance(address, tuple) else address
-    webhooks = ", ".join(f"{webhook.name} ({webhook.type}, {webhook.path or 'any path'})" for webhook in config.webhooks)
+    webhooks = ", ".join(f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks)
     log_file = f", {config.log_file}" if config.log_file else ""
     LOG.info("%s %s listens on %s; webhooks: %s; output: stdout%s", PROGRAM, VERSION, shown, webhooks, log_file)
     return serve(receiver, path, events)
@@ -2417,7 +2439,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             path = config.log_file or os.devnull
             writable = os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK)
             return 0 if writable else fail(f"{path}: cannot be written", EX_CANNOT_SERVE)
-        return start(config, options.input, choose_render(options.format, [webhook.name for webhook in config.webhooks]))
+        render = choose_render(options.format, [webhook.name for webhook in config.webhooks])
+        return start(config, options.input, render)
     except ConfigError as error:
         return max(fail(f"{options.input}: {mistake}", EX_CONFIG) for mistake in error.args)
     except OutputError as error:

@@ -1,0 +1,551 @@
+"""nginx/centralwebhook.conf in a real nginx, with TLS, before real receivers.
+
+Of the file only ports, paths and the host name are replaced; what it has commented out is tested too.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+
+from central_webhook_client import read_config
+
+from ..support import (
+    PATH,
+    PROGRAM,
+    TOP,
+    Connection,
+    Receiver,
+    central_headers,
+    config_of,
+    deadline_poll,
+    new_body,
+    raw_request,
+)
+from . import parts
+
+CONF = TOP / "nginx" / "centralwebhook.conf"
+MEBIBYTE = 1 << 20
+OPTIONAL = re.compile(
+    r"^( *)#((?:least_conn|server|location|allow|deny)\b)", re.MULTILINE
+)  # lines to switch on
+SEVERAL = re.compile(r"^( *)#((?:least_conn|server)\b)", re.MULTILINE)  # those for several receivers
+
+NGINX = CERTIFICATES = RECEIVER = PROXY = None
+
+
+def setUpModule():
+    global NGINX, CERTIFICATES, RECEIVER, PROXY
+    NGINX = parts.need_program("nginx")
+    parts.need_program("openssl")
+    CERTIFICATES = Path(tempfile.mkdtemp(prefix="certificates-"))
+    unittest.addModuleCleanup(shutil.rmtree, CERTIFICATES, ignore_errors=True)
+    parts.make_certificates(CERTIFICATES)
+    webhooks = [
+        {"name": "noc", "path": PATH, "token": "webhook-secret-token"},
+        {
+            "name": "new",
+            "type": "new-central",
+            "token": "new-token",
+            "public_url": "https://localhost" + PATH,
+        },
+    ]
+    RECEIVER = enter_module(Receiver(config_of(webhook=webhooks, max_connections=8)))
+    PROXY = enter_module(Nginx(RECEIVER.port))
+
+
+def enter_module(manager):
+    """Enter a context that ends with the module. (unittest.enterModuleContext is of Python 3.11.)"""
+    result = manager.__enter__()
+    unittest.addModuleCleanup(manager.__exit__, None, None, None)
+    return result
+
+
+def has_ipv6():
+    try:
+        parts.free_ports(1, "::1")
+    except OSError:
+        return False
+    return True
+
+
+class Nginx:
+    """A running nginx with our file, its ports, paths and host name replaced."""
+
+    def __init__(self, *receiver_ports, switch_on=None):
+        self.receiver_ports, self.switch_on = receiver_ports, switch_on
+        self.folder = Path(tempfile.mkdtemp(prefix="nginx-"))
+        self.process = None
+
+    def site(self):
+        """Return our file with the ports, paths and host name of this test."""
+        text = CONF.read_text()
+        replacements = [
+            ("/etc/letsencrypt/live/webhook.example.com/", f"{CERTIFICATES}/"),
+            ("webhook.example.com", "localhost"),
+            ("listen 80;", f"listen 127.0.0.1:{self.http_port};"),
+            ("listen 443 ssl;", f"listen 127.0.0.1:{self.https_port} ssl;"),
+            ("listen [::]:80;", f"listen [::1]:{self.http_port};" if has_ipv6() else ""),
+            ("listen [::]:443 ssl;", f"listen [::1]:{self.https_port} ssl;" if has_ipv6() else ""),
+            ("server 127.0.0.1:8010", f"server 127.0.0.1:{self.receiver_ports[0]}"),
+            ("server 127.0.0.1:8011", f"server 127.0.0.1:{self.receiver_ports[-1]}"),
+        ]
+        for old, new in replacements:
+            if old not in text:
+                raise AssertionError(f"{CONF.name} has no {old!r} any more")
+            text = text.replace(old, new)
+        return self.switch_on.sub(r"\1\2", text) if self.switch_on else text
+
+    def write(self):
+        """Write the configuration, with ports that are free at this moment."""
+        self.http_port, self.https_port = parts.free_ports(2)
+        (self.folder / "site.conf").write_text(self.site())
+        temporary = [
+            f"{name}_temp_path {self.folder}/{name};"
+            for name in ("proxy", "client_body", "fastcgi", "uwsgi", "scgi")
+        ]
+        (self.folder / "nginx.conf").write_text(
+            "\n".join(
+                [
+                    "user root;" if os.geteuid() == 0 else "",
+                    f"daemon off; worker_processes 2; pid {self.folder}/pid;",
+                    f"error_log {self.folder}/error.log notice;",
+                    "events { worker_connections 512; }",
+                    f"http {{ access_log {self.folder}/access.log;",
+                    *temporary,
+                    f"include {self.folder}/site.conf; }}",
+                ]
+            )
+        )
+
+    def command(self, *arguments):
+        return [
+            NGINX,
+            "-p",
+            str(self.folder),
+            "-e",
+            f"{self.folder}/error.log",
+            "-c",
+            f"{self.folder}/nginx.conf",
+            *arguments,
+        ]
+
+    def __enter__(self):
+        for _ in range(5):  # somebody else may take a port before nginx does
+            self.write()
+            self.process = subprocess.Popen(
+                self.command(), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            if (
+                deadline_poll(lambda: self.is_up() or self.process.poll() is not None)
+                and self.process.poll() is None
+            ):
+                return self
+        log = (self.folder / "error.log").read_text()
+        self.__exit__()
+        raise AssertionError(f"nginx does not start: {log}")
+
+    def is_up(self):
+        return (
+            (self.folder / "pid").exists() and self.accepts(self.http_port) and self.accepts(self.https_port)
+        )
+
+    @staticmethod
+    def accepts(port):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def __exit__(self, *exc):
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait(10)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def connect(self, **options):
+        return TlsConnection(self.https_port, **options)
+
+    def request(self, data, **options):
+        """Send raw bytes on a new connection; return the answer."""
+        with self.connect(**options) as connection:
+            connection.send(data)
+            return connection.read()
+
+    def deliver(self, **options):
+        """Send a signed delivery on a new connection; return the answer."""
+        return self.request(signed_delivery(), **options)
+
+
+class TlsConnection(Connection):
+    """A connection over TLS that trusts the authority of the test and nobody else."""
+
+    def __init__(self, port, source="127.0.0.1", timeout=15.0, context=None):
+        context = context or ssl.create_default_context(cafile=str(CERTIFICATES / "authority.pem"))
+        raw = socket.create_connection(("127.0.0.1", port), timeout, (source, 0))
+        try:
+            self.socket = context.wrap_socket(raw, server_hostname="localhost")
+        except BaseException:
+            raw.close()
+            raise
+        self.buffer = b""
+
+
+def signed_delivery(body=None, **options):
+    """Return a signed delivery of classic Central, as bytes."""
+    body = new_body() if body is None else body
+    return raw_request("POST", PATH, central_headers(body), body, **options)
+
+
+class FileTest(unittest.TestCase):
+    """The file itself."""
+
+    def test_nginx_accepts_the_file_without_a_warning_as_it_is_and_with_each_option_switched_on(self):
+        for what, switch_on in (
+            ("as it is", None),
+            ("all options", OPTIONAL),
+            ("several receivers", SEVERAL),
+        ):
+            with self.subTest(what):
+                nginx = Nginx(1, 2, switch_on=switch_on)
+                self.addCleanup(shutil.rmtree, nginx.folder)
+                nginx.write()
+                self.assertEqual(bool(switch_on), nginx.site().count("\n    least_conn;") == 1)
+                done = subprocess.run(nginx.command("-t"), capture_output=True, text=True, timeout=30)
+                self.assertEqual(
+                    (0, []), (done.returncode, re.findall(r"\[(?:warn|error|emerg)\].*", done.stderr))
+                )
+
+    def test_its_size_limit_is_the_default_of_the_receiver(self):
+        config = read_config(json.dumps(config_of()).encode())
+        size, unit = re.search(
+            r"^ *client_max_body_size (\d+)([km]);", CONF.read_text(), re.MULTILINE
+        ).groups()
+        self.assertEqual(config.max_body_bytes, int(size) * {"k": 1 << 10, "m": MEBIBYTE}[unit])
+
+
+class DeliveryTest(unittest.TestCase):
+    """One receiver behind nginx."""
+
+    def test_a_signed_delivery_is_accepted(self):
+        answer = PROXY.deliver()
+        self.assertEqual((200, {"status": "ok"}), (answer.status, answer.json))
+
+    def test_a_forged_delivery_is_refused_by_the_receiver(self):
+        body = new_body()
+        answer = PROXY.request(
+            raw_request("POST", PATH, central_headers(body), body.replace(b"Major", b"Minor"))
+        )
+        self.assertEqual((401, {"error": "unauthorized"}), (answer.status, answer.json))
+        self.assertIn("www-authenticate", answer.headers)
+
+    def test_a_body_of_the_size_limit_is_accepted_and_one_byte_more_is_413(self):
+        for size, status in ((MEBIBYTE, 200), (MEBIBYTE + 1, 413)):
+            with self.subTest(size):
+                self.assertEqual(status, PROXY.request(signed_delivery(new_body().ljust(size))).status)
+
+    def test_a_chunked_body_above_the_size_limit_is_413(self):
+        head = raw_request(
+            "POST", PATH, {**central_headers(b""), "Transfer-Encoding": "chunked"}, length=False
+        )
+        with PROXY.connect() as connection:
+            connection.send(head + b"%x\r\n" % (MEBIBYTE + 1) + b"0" * (MEBIBYTE + 1) + b"\r\n0\r\n\r\n")
+            self.assertEqual(413, connection.read().status)
+
+    def test_a_chunked_delivery_is_accepted(self):
+        body = new_body()
+        chunks = b"".join(
+            b"%x\r\n%b\r\n" % (len(body[i : i + 7]), body[i : i + 7]) for i in range(0, len(body), 7)
+        )
+        headers = {**central_headers(body), "Transfer-Encoding": "chunked"}
+        answer = PROXY.request(raw_request("POST", PATH, headers, length=False) + chunks + b"0\r\n\r\n")
+        self.assertEqual(200, answer.status)
+
+    def test_every_other_path_is_404_of_nginx(self):
+        body = new_body()
+        paths = [
+            "/",
+            "/centralwebhook/",
+            "/centralwebhook/x",
+            "/centralwebhoo",
+            "/Centralwebhook",
+            "/x/centralwebhook",
+        ]
+        for path in paths:
+            with self.subTest(path):
+                answer = PROXY.request(raw_request("POST", path, central_headers(body), body))
+                self.assertEqual((404, {"error": "404 by nginx"}), (answer.status, answer.json))
+
+    def test_health_and_metrics_are_not_exposed_however_they_are_spelled(self):
+        for path in ("/health", "/metrics"):
+            self.assertEqual(200, RECEIVER.request(raw_request("GET", path, length=False)).status)
+            spellings = (
+                path,
+                path + "?x",
+                "/" + path,
+                path + "/",
+                "/%" + path[1:2].encode().hex() + path[2:],
+                "/centralwebhook/.." + path,
+                path + "/../centralwebhook",
+                path + "?/../centralwebhook",
+                path + "%3f/../centralwebhook",
+                "http://localhost" + path,
+            )
+            for method in ("GET", "HEAD", "POST"):
+                for spelling in spellings:
+                    with self.subTest(method=method, path=spelling), PROXY.connect() as connection:
+                        connection.send(raw_request(method, spelling))
+                        answer = connection.read(head_only=method == "HEAD")
+                        self.assertIn(answer.status, (400, 403, 404))
+                        self.assertNotIn(b"central_webhook_", answer.body)
+
+    def test_a_method_other_than_post_is_refused_by_nginx(self):
+        for method in ("GET", "PUT", "DELETE", "OPTIONS"):
+            with self.subTest(method):
+                answer = PROXY.request(raw_request(method, PATH))
+                self.assertEqual((403, {"error": "403 by nginx"}), (answer.status, answer.json))
+
+    def test_no_answer_names_a_version(self):
+        for path in (PATH, "/"):
+            with self.subTest(path):
+                answer = PROXY.request(raw_request("POST", path))
+                self.assertEqual("nginx", answer.headers["server"])
+                self.assertNotRegex(answer.body, rb"nginx/|Python")
+
+    def test_header_fields_that_are_too_large_are_refused(self):
+        answer = PROXY.request(raw_request("POST", PATH, {"X-Large": "x" * 9000}))
+        self.assertEqual((400, {"error": "400 by nginx"}), (answer.status, answer.json))
+
+    def test_plain_http_is_led_to_https_and_to_nothing_else(self):
+        for path in (PATH, PATH + "?a=b", "/health", "/"):
+            for host in ("localhost", "evil.example"):
+                with self.subTest(path=path, host=host), Connection(PROXY.http_port) as connection:
+                    connection.send(signed_delivery(host=host).replace(PATH.encode(), path.encode(), 1))
+                    answer = connection.read()
+                    self.assertEqual(
+                        (308, "https://localhost" + path), (answer.status, answer.headers["location"])
+                    )
+
+    def test_the_sender_in_the_log_is_the_one_that_nginx_saw_and_not_one_that_it_claims(self):
+        for number, extra in (
+            (5, {}),
+            (6, {"X-Forwarded-For": "203.0.113.9"}),
+            (7, {"X-Forwarded-For": "203.0.113.9, ::1"}),
+        ):
+            with self.subTest(extra):
+                source, start = f"127.0.0.{number}", len(RECEIVER.stderr_lines)
+                body = new_body()
+                headers = {**central_headers(body, token="another-token"), **extra}
+                self.assertEqual(
+                    401, PROXY.request(raw_request("POST", PATH, headers, body), source=source).status
+                )
+                line = RECEIVER.wait_for_log("401", start=start)
+                self.assertIn(f" {source} ", line)
+                self.assertNotIn("203.0.113.9", line)
+
+    def test_fifty_alerts_in_a_row_over_one_connection_are_all_accepted(self):
+        deliveries = [signed_delivery() for _ in range(50)]
+        with PROXY.connect() as connection:
+            statuses = []
+            for delivery in deliveries:
+                connection.send(delivery)
+                statuses.append(connection.read().status)
+        self.assertEqual([200] * 50, statuses)
+
+    def test_fifty_alerts_at_once_over_fifty_connections_are_all_accepted(self):
+        with Receiver() as receiver, Nginx(receiver.port) as proxy:
+            connections = [proxy.connect() for _ in range(50)]
+            try:
+                for connection in connections:
+                    connection.send(signed_delivery())
+                self.assertEqual([200] * 50, [connection.read().status for connection in connections])
+            finally:
+                for connection in connections:
+                    connection.socket.close()
+
+    def test_a_flood_of_one_address_is_refused_while_others_are_served(self):
+        request, refused = raw_request("GET", PATH), 0
+        for _ in range(4):  # nginx closes a connection after 1000 requests
+            with PROXY.connect(source="127.0.0.9") as connection:
+                connection.send(request * 500)
+                statuses = [connection.read().status for _ in range(500)]
+            refused += statuses.count(429)
+            self.assertLessEqual(set(statuses), {403, 429})
+        self.assertGreater(refused, 200)
+        self.assertEqual(200, PROXY.deliver().status)
+
+    def test_senders_that_stop_within_the_body_hold_no_connection_of_the_receiver(self):
+        delivery = signed_delivery()
+        slow = [PROXY.connect() for _ in range(20)]  # more than the receiver takes (max_connections is 8)
+        try:
+            for connection in slow:
+                connection.send(delivery[:-5])
+            for _ in range(10):
+                self.assertEqual(200, PROXY.deliver().status)
+            metrics = RECEIVER.request(raw_request("GET", "/metrics", length=False)).body.decode()
+            self.assertRegex(metrics, r"(?m)^\w*in_flight\w* 1$")  # the question itself
+            slow[0].send(delivery[-5:-2])
+            slow[0].send(delivery[-2:])
+            self.assertEqual(200, slow[0].read().status)
+        finally:
+            for connection in slow:
+                connection.socket.close()
+
+    def test_a_sender_of_new_central_is_verified_with_the_url_as_typed_not_with_host_and_port(self):
+        date, created = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()), int(time.time())
+        url = f"https://localhost{PATH}"
+        parameters = f'("@method" "@target-uri" "@authority" "@scheme" "@path" "date");created={created}'
+        base = (
+            f'"@method": POST\n"@target-uri": {url}?a=%20b\n"@authority": localhost\n"@scheme": https\n'
+            f'"@path": {PATH}\n"date": {date}\n"@signature-params": {parameters}'
+        )
+        signature = base64.b64encode(hmac.new(b"new-token", base.encode(), hashlib.sha256).digest()).decode()
+        headers = {"Date": date, "Signature-Input": "sig1=" + parameters, "Signature": f"sig1=:{signature}:"}
+        host = f"localhost:{PROXY.https_port}"
+        for query, status in (("?a=%20b", 200), ("?a=+b", 401)):
+            with self.subTest(query):
+                answer = PROXY.request(raw_request("POST", PATH + query, headers, new_body(), host=host))
+                self.assertEqual(status, answer.status)
+
+    def test_a_receiver_that_is_down_is_502_and_one_that_is_back_is_used_at_once(self):
+        with Receiver() as receiver, Nginx(receiver.port) as proxy:
+            self.assertEqual(200, proxy.deliver().status)
+            self.assertEqual(0, receiver.stop())
+            answer = proxy.deliver()
+            self.assertEqual((502, {"error": "502 by nginx"}), (answer.status, answer.json))
+            with Receiver(config_of(port=receiver.port)):
+                self.assertEqual(200, proxy.deliver().status)
+
+
+class TlsTest(unittest.TestCase):
+    """What TLS nginx speaks."""
+
+    def handshake(self, version):
+        context = ssl.create_default_context(cafile=str(CERTIFICATES / "authority.pem"))
+        context.set_ciphers("DEFAULT@SECLEVEL=0")  # else this side refuses TLS 1.1 itself
+        context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+        context.maximum_version = version
+        with PROXY.connect(context=context) as connection:
+            return connection.socket.version()
+
+    def test_tls_1_2_and_1_3_are_spoken(self):
+        self.assertEqual("TLSv1.2", self.handshake(ssl.TLSVersion.TLSv1_2))
+        self.assertEqual("TLSv1.3", self.handshake(ssl.TLSVersion.TLSv1_3))
+
+    def test_tls_1_1_is_refused_by_nginx(self):
+        with (
+            self.assertWarnsRegex(DeprecationWarning, "TLSv1_1")
+            if sys.version_info >= (3, 10)
+            else self.subTest()
+        ):
+            with self.assertRaises(ssl.SSLError) as caught:
+                self.handshake(ssl.TLSVersion.TLSv1_1)
+        self.assertEqual("TLSV1_ALERT_PROTOCOL_VERSION", caught.exception.reason)  # the other side said so
+
+    def test_ciphers_without_authenticated_encryption_are_refused(self):
+        context = ssl.create_default_context(cafile=str(CERTIFICATES / "authority.pem"))
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("ECDHE+SHA1:ECDHE+SHA256:!AESGCM:@SECLEVEL=0")
+        with self.assertRaises(ssl.SSLError) as caught:
+            PROXY.connect(context=context)
+        self.assertIn("HANDSHAKE_FAILURE", caught.exception.reason)
+
+
+class SendSampleTest(unittest.TestCase):
+    """`--send-sample` proves the whole way."""
+
+    def send(self, url, **environment):
+        return subprocess.run(
+            [
+                sys.executable,
+                str(PROGRAM),
+                f"-i={RECEIVER.config_path}",
+                "--webhook",
+                "noc",
+                "--send-sample",
+                url,
+            ],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def test_it_exits_0_on_200_through_nginx_if_the_certificate_is_trusted(self):
+        url = f"https://localhost:{PROXY.https_port}{PATH}"
+        done = self.send(url, SSL_CERT_FILE=str(CERTIFICATES / "authority.pem"))
+        self.assertEqual(0, done.returncode, done.stderr)
+        self.assertRegex(done.stdout, r"^200 .*ok")
+
+    def test_it_exits_1_if_the_certificate_is_not_trusted(self):
+        done = self.send(f"https://localhost:{PROXY.https_port}{PATH}", SSL_CERT_FILE=os.devnull)
+        self.assertEqual(1, done.returncode, done.stderr)
+        self.assertRegex(done.stderr, "(?i)certificate|ssl")
+        self.assertNotIn("Traceback", done.stderr)
+
+    def test_it_exits_1_on_another_status(self):
+        done = self.send(
+            f"https://localhost:{PROXY.https_port}/x", SSL_CERT_FILE=str(CERTIFICATES / "authority.pem")
+        )
+        self.assertEqual(1, done.returncode, done.stderr)
+        self.assertIn("404", done.stdout + done.stderr)
+
+
+class SeveralReceiversTest(unittest.TestCase):
+    """Two receivers behind one nginx: the lines of the file that are commented out."""
+
+    def test_no_delivery_is_refused_or_kept_twice_while_one_of_them_restarts_again_and_again(self):
+        stop, statuses = threading.Event(), []
+
+        def send(proxy, source):
+            connection = proxy.connect(source=source)
+            while not stop.wait(0.02):  # within the limit of requests of one address
+                connection.send(signed_delivery())
+                answer = connection.read()
+                statuses.append(answer.status)
+                if answer.headers.get("connection") == "close":
+                    connection.socket.close()
+                    connection = proxy.connect(source=source)
+            connection.socket.close()
+
+        with contextlib.ExitStack() as stack:
+            steady, second = stack.enter_context(Receiver()), stack.enter_context(Receiver())
+            proxy = stack.enter_context(Nginx(steady.port, second.port, switch_on=SEVERAL))
+            senders = [
+                threading.Thread(target=send, args=(proxy, f"127.0.0.{20 + number}")) for number in range(4)
+            ]
+            lives = [second]
+            for sender in senders:
+                sender.start()
+            try:
+                for _ in range(3):
+                    deadline_poll(
+                        lambda: len(lives[-1].stdout_lines) > 3, 15, "the restarted receiver gets no delivery"
+                    )
+                    self.assertEqual(0, lives[-1].stop())
+                    lives.append(stack.enter_context(Receiver(config_of(port=second.port))))
+            finally:
+                stop.set()
+                for sender in senders:
+                    sender.join(20)
+            self.assertEqual({200: len(statuses)}, collections.Counter(statuses))
+            steady.stop(), lives[-1].stop()
+            self.assertEqual(len(statuses), sum(len(receiver.stdout_lines) for receiver in [steady, *lives]))

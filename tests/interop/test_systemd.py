@@ -1,0 +1,81 @@
+"""The unit file of README.md, judged by systemd itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from ..support import TOP
+from . import parts
+
+README = TOP / "README.md"
+MAX_EXPOSURE = 2.0  # on systemd's scale from 0 (confined) to 10
+
+
+def ini_blocks():
+    """Return the ini blocks of README.md without their indentation."""
+    return [
+        block.strip() + "\n"
+        for block in re.findall(r"^ *```ini\n(.*?)^ *```", README.read_text(), re.DOTALL | re.MULTILINE)
+    ]
+
+
+class UnitFileTest(unittest.TestCase):
+    """Each test works on the units of README.md in a folder of its own."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.program = parts.need_program("systemd-analyze")
+        if not README.exists():
+            raise unittest.SkipTest("there is no README.md")
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="units-")
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        blocks = ini_blocks()
+        services = [block for block in blocks if "[Service]" in block]
+        self.assertEqual(1, len(services), "README.md has no ini block with [Service], or several")
+        # verify wants a program that exists; which one is the machine's business
+        service = re.sub(
+            r"^(ExecStart=[-@:+!]*)(\S+)", rf"\1{sys.executable}", services[0], flags=re.MULTILINE
+        )
+        self.service = self.write("centralwebhook.service", service)
+        self.sockets = [self.write("centralwebhook.socket", block) for block in blocks if "[Socket]" in block]
+
+    def write(self, name, text):
+        path = self.folder / name
+        path.write_text(text)
+        return path
+
+    def analyze(self, *arguments):
+        return subprocess.run(
+            [self.program, "--no-pager", *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
+
+    def test_systemd_accepts_the_units_without_a_remark(self):
+        for unit in [*self.sockets, self.service]:
+            with self.subTest(unit.name):
+                done = self.analyze("verify", "--man=no", unit)
+                self.assertEqual(0, done.returncode, done.stdout)
+                self.assertEqual([], [line for line in done.stdout.splitlines() if str(self.folder) in line])
+
+    def test_systemd_rates_the_service_as_confined(self):
+        done = self.analyze("security", "--offline=true", self.service)
+        exposure = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
+        self.assertTrue(exposure, done.stdout)
+        self.assertLess(float(exposure[1]), MAX_EXPOSURE, done.stdout)
+
+    def test_the_service_says_when_it_is_ready_and_reloads_with_sighup(self):
+        text = self.service.read_text()
+        self.assertRegex(text, r"(?m)^Type=notify(?:-reload)?$")
+        self.assertRegex(text, r"(?m)^(?:Type=notify-reload|ExecReload=.*HUP.*)$")

@@ -1,0 +1,251 @@
+"""What the tests share: a receiver as a real process on a free port, signing of our own, raw HTTP."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parent.parent
+PROGRAM = TOP / "central_webhook_client.py"
+TOKEN = "webhook-secret-token"
+PATH = "/centralwebhook"
+
+
+def deadline_poll(condition, seconds=10.0, message="it did not happen in time"):
+    """Return the first true value of `condition()`; fail after `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(message)
+
+
+def config_of(port=0, webhook=None, **webclient_info):
+    """Return a configuration as a dict: one classic webhook unless `webhook` says otherwise."""
+    if webhook is None:
+        webhook = {"name": "noc", "path": PATH, "token": TOKEN}
+    return {
+        "webclient_info": {"host": "127.0.0.1", "port": port, **webclient_info},
+        "central_info": {"webhook": webhook},
+    }
+
+
+def now_stamp(offset_seconds=0.0):
+    """Return an ISO 8601 time stamp in UTC, `offset_seconds` from now."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + offset_seconds))
+
+
+_counter = iter(range(1, 10**9))
+
+
+def new_body(**extra):
+    """Return a JSON body that is different every time."""
+    payload = {"alert_type": "AP disconnected", "number": next(_counter), "severity": "Major", **extra}
+    return json.dumps(payload).encode()
+
+
+def central_headers(body, token=TOKEN, service="Alerts", delivery_id=None, timestamp=None):
+    """Sign a body as classic Central does; return its headers in the sender's spelling."""
+    delivery_id = delivery_id or f"72d3162e-cc78-11e3-81ab-{next(_counter):012d}"
+    timestamp = timestamp if timestamp is not None else now_stamp()
+    signed = body + service.encode() + delivery_id.encode() + timestamp.encode()
+    digest = hmac.new(token.encode(), signed, hashlib.sha256).digest()
+    return {
+        "Content-Type": "application/json",
+        "X-Central-Service": service,
+        "X-Central-Event": "Radio-Channel-Utilization",
+        "X-Central-Delivery-ID": delivery_id,
+        "X-Central-Delivery-Timestamp": timestamp,
+        "X-Central-Customer-ID": "0123456789",
+        "X-Central-Signature": base64.b64encode(digest).decode(),
+    }
+
+
+def raw_request(
+    method="POST", path=PATH, headers=None, body=b"", version="HTTP/1.1", length=True, host="localhost"
+):
+    """Return a request as bytes; `headers` is a dict or a list of pairs."""
+    pairs = list(headers.items()) if isinstance(headers, dict) else list(headers or [])
+    if host is not None:
+        pairs.insert(0, ("Host", host))
+    if length:
+        pairs.append(("Content-Length", str(len(body))))
+    lines = [f"{method} {path} {version}", *(f"{name}: {value}" for name, value in pairs), "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+class Answer:
+    """One HTTP response: status, headers in lower case, body."""
+
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+
+class Connection:
+    """A raw TCP connection that sends bytes as they are and reads whole responses."""
+
+    def __init__(self, port, timeout=10.0):
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+        self.buffer = b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.socket.close()
+
+    def send(self, data):
+        self.socket.sendall(data)
+
+    def _more(self):
+        data = self.socket.recv(65536)
+        if not data:
+            raise EOFError("the connection was closed, with this still unread: %r" % self.buffer)
+        self.buffer += data
+
+    def read(self, head_only=False):
+        """Read one response, an interim one (100) too."""
+        while b"\r\n\r\n" not in self.buffer:
+            self._more()
+        head, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
+        lines = head.decode("latin-1").split("\r\n")
+        status = int(lines[0].split()[1])
+        headers = {line.split(":", 1)[0].lower(): line.split(":", 1)[1].strip() for line in lines[1:]}
+        length = 0 if head_only or status == 100 else int(headers["content-length"])
+        while len(self.buffer) < length:
+            self._more()
+        body, self.buffer = self.buffer[:length], self.buffer[length:]
+        return Answer(status, headers, body)
+
+    def is_closed(self):
+        """Wait for the end of the stream; False if something else comes, or nothing within the time-out."""
+        try:
+            return not self.buffer and self.socket.recv(1) == b""
+        except ConnectionError:
+            return True
+        except socket.timeout:
+            return False
+
+
+class Receiver:
+    """A running receiver: its process, port, and what it printed so far."""
+
+    def __init__(
+        self,
+        config=None,
+        arguments=(),
+        environment=None,
+        python=sys.executable,
+        stdout=subprocess.PIPE,
+        **popen,
+    ):
+        self.folder = Path(tempfile.mkdtemp(prefix="receiver-"))
+        self.config_path = self.folder / "input_info.json"
+        self.write_config(config if config is not None else config_of())
+        self.stdout_lines, self.stderr_lines = [], []
+        self.process = subprocess.Popen(
+            [python, str(PROGRAM), f"-i={self.config_path}", *arguments],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
+            **{"cwd": self.folder, **popen},
+        )
+        self._threads = [self._collect(self.process.stderr, self.stderr_lines)]
+        if stdout == subprocess.PIPE:
+            self._threads.append(self._collect(self.process.stdout, self.stdout_lines))
+        self.port = None
+
+    @staticmethod
+    def _collect(stream, lines):
+        def run():
+            for line in stream:
+                lines.append(line.decode(errors="backslashreplace").rstrip("\n"))
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    def write_config(self, config):
+        self.config_path.write_text(config if isinstance(config, str) else json.dumps(config))
+        self.config_path.chmod(0o600)
+
+    def __enter__(self):
+        try:
+            line = self.wait_for_log(r"listens on ")
+            self.port = int(re.search(r"listens on \S+ port (\d+)", line)[1])
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+        for thread in self._threads:
+            thread.join(10)
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream:
+                stream.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def wait_for_log(self, pattern, seconds=10.0, start=0):
+        """Return the first line on stderr from index `start` on that matches."""
+
+        def find():
+            for line in list(self.stderr_lines)[start:]:
+                if re.search(pattern, line):
+                    return line
+            if self.process.poll() is not None and not self._threads[0].is_alive():
+                raise AssertionError(f"ended with {self.process.returncode}: {self.stderr_lines}")
+            return None
+
+        return deadline_poll(find, seconds, f"no line {pattern!r} in the log")
+
+    def wait_for_stdout(self, count, seconds=10.0):
+        """Return the lines on stdout as soon as there are `count`."""
+        deadline_poll(lambda: len(self.stdout_lines) >= count, seconds, f"fewer than {count} lines on stdout")
+        return list(self.stdout_lines)
+
+    def connect(self, timeout=10.0):
+        return Connection(self.port, timeout)
+
+    def request(self, data, timeout=10.0):
+        """Send raw bytes on a new connection; return the answer."""
+        with self.connect(timeout) as connection:
+            connection.send(data)
+            return connection.read()
+
+    def post(self, body, headers, path=PATH):
+        return self.request(raw_request("POST", path, headers, body))
+
+    def deliver(self, body=None, **signing):
+        """Send a signed classic delivery; return the answer."""
+        body = new_body() if body is None else body
+        return self.post(body, central_headers(body, **signing))
+
+    def stop(self, number=15, seconds=15):
+        """Send a signal, wait for the end, return the exit code."""
+        self.process.send_signal(number)
+        code = self.process.wait(seconds)
+        for thread in self._threads:
+            thread.join(10)
+        return code

@@ -1,0 +1,489 @@
+"""Faults: a stdout that stalls or goes away, a kill at any moment, too many connections, few descriptors."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+
+from tests.support import (
+    PROGRAM,
+    Receiver,
+    central_headers,
+    config_of,
+    deadline_poll,
+    new_body,
+    raw_request,
+)
+from tests.test_life import HEALTH, Senders
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+OK, DUPLICATE = {"status": "ok"}, {"status": "duplicate"}
+HUGE = 300_000  # bytes: more than a pipe takes
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
+
+FEW_DESCRIPTORS = """#!/bin/sh
+ulimit -n 40
+exec "$PYTHON" "$@"
+"""
+NO_STDOUT = """#!/bin/sh
+exec "$PYTHON" "$@" >&-
+"""
+
+on_linux = unittest.skipUnless(sys.platform == "linux", "needs /proc")
+
+
+class FaultCase(unittest.TestCase):
+    """A log in a folder that outlives the receivers."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="faults-")
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.log = self.folder / "alerts.jsonl"
+
+    def config(self, **webclient_info):
+        return config_of(log_file=str(self.log), **webclient_info)
+
+    def script(self, text):
+        """Return the path of a shell script that starts the receiver."""
+        path = self.folder / "start"
+        path.write_text(text)
+        path.chmod(0o700)
+        return str(path)
+
+    def logged_ids(self):
+        """Return the delivery IDs in the log; fail if a line is not whole."""
+        return [line["delivery_id"] for line in self.parse(self.log.read_bytes())]
+
+    def parse(self, data):
+        """Return the parsed lines; fail if one is not whole."""
+        self.assertTrue(data.endswith(b"\n") or not data, f"it ends with a half line: {data[-80:]!r}")
+        lines = []
+        for line in data.splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                self.fail(f"a line is torn ({error}): it begins with {line[:150]!r}")
+        return lines
+
+    def health(self, receiver):
+        return receiver.request(HEALTH).status
+
+
+class Stdout(FaultCase):
+    """The reader of stdout."""
+
+    def setUp(self):
+        super().setUp()
+        self.read_end, self.write_end = os.pipe()
+        self.reader = open(self.read_end, "rb", buffering=0)
+        self.addCleanup(self.reader.close)
+
+    def receiver(self, **webclient_info):
+        """Start a receiver whose stdout is a pipe that nobody reads yet."""
+        found = Receiver(self.config(**webclient_info), stdout=self.write_end)
+        os.close(self.write_end)
+        return found
+
+    def signed(self, **extra):
+        body = new_body(**extra)
+        return body, central_headers(body)
+
+    def read_on(self):
+        """Read stdout from now on in a thread; return the thread and the growing list of what it read."""
+        parts = []
+
+        def read():
+            for part in iter(lambda: self.reader.read(65536), b""):
+                parts.append(part)
+
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        return thread, parts
+
+    def test_a_reader_that_is_gone_means_503_and_exit_1(self):
+        body, headers = self.signed()
+        with self.receiver() as receiver:
+            self.assertEqual(receiver.deliver().json, OK)
+            self.reader.close()
+            with receiver.connect() as connection:
+                connection.send(raw_request(headers=headers, body=body))
+                self.assertEqual(connection.read().status, 503)
+            self.assertEqual(receiver.process.wait(10), 1)
+            for thread in receiver._threads:
+                thread.join(10)
+            self.assertTrue(
+                [line for line in receiver.stderr_lines if " ERROR " in line and "stdout" in line]
+            )
+            self.assertNotIn("Traceback", "\n".join(receiver.stderr_lines))
+        self.assertEqual(len(self.logged_ids()), 1)
+        with Receiver(self.config()) as receiver:
+            self.assertEqual(receiver.post(body, headers).json, OK)
+            self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+        self.assertEqual(len(self.logged_ids()), 2)
+
+    def test_a_reader_that_goes_while_a_line_waits_for_it_means_503_and_exit_1(self):
+        body, headers = self.signed(filler="x" * HUGE)
+        with self.receiver() as receiver, receiver.connect() as connection:
+            connection.send(raw_request(headers=headers, body=body))
+            select.select([self.reader], [], [], 10)  # it is being written
+            self.reader.close()
+            self.assertEqual(connection.read().status, 503)
+            connection.socket.close()
+            self.assertEqual(receiver.process.wait(10), 1)
+        self.assertEqual(self.logged_ids(), [])
+
+    def test_a_stalled_reader_means_503_for_all_until_it_reads_again(self):
+        sent = [self.signed(filler="x" * HUGE)] + [self.signed() for _ in range(4)]
+        with self.receiver(request_timeout_seconds=0.5) as receiver:
+            self.assertEqual(self.health(receiver), 200)
+            started = time.monotonic()
+            self.assertEqual(receiver.post(*sent[0]).status, 503)  # half of its line is in the pipe
+            self.assertGreater(time.monotonic() - started, 0.4)
+            self.assertEqual(self.health(receiver), 503)
+            statuses, started = [], time.monotonic()
+            threads = [
+                threading.Thread(target=lambda one=one: statuses.append(receiver.post(*one).status))
+                for one in sent
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(20)
+            self.assertEqual(statuses, [503] * len(sent))
+            self.assertLess(time.monotonic() - started, 5, "they waited one after the other")
+            self.assertEqual(self.health(receiver), 503)
+            self.assertEqual(self.logged_ids(), [])
+            receiver.wait_for_log(r" ERROR .*stdout")
+            thread, shown = self.read_on()
+            for one in sent:
+                self.assertEqual(receiver.post(*one).json, OK)
+                self.assertEqual(self.health(receiver), 200)
+            for one in sent:
+                self.assertEqual(receiver.post(*one).json, DUPLICATE)
+            receiver.process.kill()
+            thread.join(10)
+        ids = [headers["X-Central-Delivery-ID"] for _, headers in sent]
+        self.assertEqual(self.logged_ids(), ids)
+        lines = self.parse(b"".join(shown))
+        self.assertEqual(
+            [line["delivery_id"] for line in lines][-len(ids) :], ids
+        )  # the first may stand there twice
+        self.assertLessEqual({line["delivery_id"] for line in lines}, set(ids))
+
+    def test_a_line_that_one_stall_after_the_other_interrupts_is_still_whole(self):
+        sent = [self.signed(filler=letter * HUGE) for letter in "abc"]
+        with self.receiver(request_timeout_seconds=0.1) as receiver:
+            shown = b""
+            for one in sent:  # each takes up some more of the pipe, or nothing at all
+                self.assertEqual(receiver.post(*one).status, 503)
+                self.assertEqual(receiver.post(*one).status, 503)
+                shown += os.read(self.read_end, 20_000)
+            thread, rest = self.read_on()
+            for one in sent:
+                self.assertEqual(receiver.post(*one).json, OK)
+            receiver.process.kill()
+            thread.join(10)
+        lines = self.parse(shown + b"".join(rest))
+        self.assertEqual({line["delivery_id"] for line in lines}, set(self.logged_ids()))
+        self.assertEqual(len(self.logged_ids()), len(sent))
+
+    def test_a_stop_completes_the_line_that_a_stall_has_cut(self):
+        with self.receiver(request_timeout_seconds=0.2) as receiver:
+            self.assertEqual(receiver.deliver(new_body(filler="x" * HUGE)).status, 503)
+            thread, shown = self.read_on()
+            self.assertEqual(receiver.stop(), 0)
+            thread.join(10)
+        self.parse(b"".join(shown))
+
+    def test_a_stop_waits_for_a_delivery_that_waits_for_the_reader(self):
+        body, headers = self.signed(filler="x" * HUGE)
+        with self.receiver() as receiver, receiver.connect() as connection:
+            connection.send(raw_request(headers=headers, body=body))
+            select.select([self.reader], [], [], 10)
+            receiver.process.send_signal(signal.SIGTERM)
+            thread, shown = self.read_on()
+            self.assertEqual(connection.read().json, OK)
+            connection.socket.close()
+            self.assertEqual(receiver.process.wait(10), 0)
+            thread.join(10)
+        self.assertEqual([line["alert"] for line in self.parse(b"".join(shown))], [json.loads(body)])
+        self.assertEqual(len(self.logged_ids()), 1)
+
+    def test_a_slow_reader_is_no_stalled_one(self):
+        body, headers = self.signed(filler="x" * HUGE)
+        shown = b""
+        with self.receiver(request_timeout_seconds=3) as receiver, receiver.connect() as connection:
+            connection.send(raw_request(headers=headers, body=body))
+            while not shown.endswith(b"\n"):
+                shown += os.read(self.read_end, 10_000)
+                time.sleep(0.01)
+            self.assertEqual(connection.read().json, OK)
+        self.assertEqual([line["alert"] for line in self.parse(shown)], [json.loads(body)])
+
+    def test_a_stdout_that_is_closed_from_the_start_ends_the_program_with_1(self):
+        path = self.folder / "input_info.json"
+        path.write_text(json.dumps(self.config()))
+        path.chmod(0o600)
+        command = [
+            self.script(NO_STDOUT),
+            str(PROGRAM),
+            f"-i={path}",
+        ]
+        environment = {**os.environ, "PYTHON": sys.executable}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        try:
+            said = process.communicate(timeout=5)[1].decode()
+        finally:
+            process.kill()
+            process.communicate()
+        self.assertEqual(process.returncode, 1)
+        self.assertNotIn("Traceback", said)
+        self.assertIn("stdout", said)
+
+    @unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0, "needs to mount a small file system")
+    def test_a_file_as_stdout_on_a_full_disk_has_no_torn_line_in_the_end(self):
+        disk = self.folder / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+        try:
+            subprocess.run(mount, check=True, stderr=subprocess.PIPE)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.skipTest(f"no tmpfs can be mounted: {error}")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=False)
+        ballast, output = disk / "ballast", disk / "stdout.jsonl"
+        ballast.write_bytes(b"x" * (256 - 24) * 1024)
+        sent, refused = [], []
+        with open(output, "ab") as file:
+            receiver = Receiver(self.config(), stdout=file)
+        with receiver:
+            while len(refused) < 3 and len(sent) < 100:
+                sent.append(self.signed(filler="x" * 1500))
+                status = receiver.post(*sent[-1]).status
+                if status != 200:
+                    self.assertEqual((status, self.health(receiver)), (503, 503))
+                    refused.append(sent[-1])
+            self.assertGreater(len(sent), len(refused))
+            self.assertEqual(len(refused), 3)
+            self.assertEqual(len(self.logged_ids()), len(sent) - len(refused))
+            self.assertIsNone(receiver.process.poll())
+            ballast.unlink()
+            for one in refused:
+                self.assertEqual(receiver.post(*one).json, OK)
+                self.assertEqual(self.health(receiver), 200)
+            self.assertEqual(receiver.stop(), 0)
+        self.assertEqual(
+            sorted(self.logged_ids()), sorted(headers["X-Central-Delivery-ID"] for _, headers in sent)
+        )
+        shown = [line["delivery_id"] for line in self.parse(output.read_bytes())]
+        self.assertEqual(set(shown), set(self.logged_ids()))
+
+
+class Kill(FaultCase):
+    """SIGKILL, the power loss that a test can make."""
+
+    def test_a_kill_at_any_moment_loses_nothing_and_keeps_nothing_twice(self):
+        chance = random.Random()
+        with Senders(1, 8) as senders:
+            for _ in range(6):
+                with Receiver(self.config()) as receiver:
+                    senders.port = receiver.port
+                    senders.wait_for_accepted(chance.randrange(10, 80))
+                    receiver.process.kill()
+                    receiver.process.wait(10)
+            with Receiver(self.config()) as receiver:
+                senders.port = receiver.port
+                senders.wait_for_accepted(20)
+                senders.finish()
+                self.assertEqual(self.health(receiver), 200)
+        ids = self.logged_ids()
+        self.assertEqual(len(ids), len(set(ids)), "a delivery stands in the log twice")
+        self.assertEqual(set(ids), set(senders.accepted), "a delivery is lost")
+        self.assertEqual(set(senders.statuses) - {200, 503}, set())
+
+
+class Limits(FaultCase):
+    """Connections that mean no good, and more of them than there is room for."""
+
+    def descriptors(self, receiver):
+        return len(os.listdir(f"/proc/{receiver.process.pid}/fd"))
+
+    def cpu_seconds(self, receiver):
+        fields = Path(f"/proc/{receiver.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def raise_descriptor_limit(self, wanted):
+        """Let this process, and what it starts, open so many files; skip where that is not allowed."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY or soft >= wanted:
+            return
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            self.skipTest(f"needs {wanted} descriptors, {hard} are allowed")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+
+    @on_linux
+    def test_thousands_of_aborted_connections_leave_nothing_behind(self):
+        body = new_body()
+        whole = raw_request(headers=central_headers(body), body=body)
+        head_end = whole.index(b"\r\n\r\n") + 4
+        kinds = [
+            ("nothing", b"", True),
+            ("nothing, closed in order", b"", False),
+            ("half a request line", whole[:10], True),
+            ("half of the header", whole[: head_end // 2], True),
+            ("half of the header, closed in order", whole[: head_end // 2], False),
+            ("half of the body", whole[: head_end + 5], True),
+            ("half of the body, closed in order", whole[: head_end + 5], False),
+            ("a whole request, no wait for the answer", whole, True),
+            ("many requests, no wait for the answers", whole * 20, True),
+            ("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", True),
+        ]
+        with Receiver(self.config(request_timeout_seconds=5)) as receiver:
+            self.assertEqual(receiver.post(body, central_headers(body)).status, 200)
+            before = self.descriptors(receiver)
+            for _ in range(20):
+                opened = []
+                for _, data, is_reset in kinds * 10:
+                    connection = socket.create_connection(("127.0.0.1", receiver.port), timeout=10)
+                    opened.append(connection)
+                    if is_reset:
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                    connection.sendall(data)
+                for connection in opened:
+                    connection.close()
+            deadline_poll(lambda: self.descriptors(receiver) <= before, message="descriptors are left open")
+            self.assertEqual(receiver.deliver().status, 200)
+            self.assertEqual(self.health(receiver), 200)
+            self.assertNotIn("Traceback", "\n".join(receiver.stderr_lines))
+            self.assertNotIn("internal error", "\n".join(receiver.stderr_lines))
+        self.assertEqual(len(self.logged_ids()), len(set(self.logged_ids())))
+
+    @on_linux
+    def test_running_out_of_descriptors_is_survived_at_rest_and_over_soon(self):
+        body = new_body()
+        environment = {"PYTHON": sys.executable}
+        python = self.script(FEW_DESCRIPTORS)
+        with Receiver(self.config(), python=python, environment=environment) as receiver:
+            with receiver.connect() as steady:
+                steady.send(raw_request(headers=central_headers(body), body=body))
+                self.assertEqual(steady.read().status, 200)
+                idle = [socket.create_connection(("127.0.0.1", receiver.port), timeout=10) for _ in range(60)]
+                try:
+                    deadline_poll(
+                        lambda: self.descriptors(receiver) >= 40, message="there were enough descriptors"
+                    )
+                    started, before = self.cpu_seconds(receiver), time.monotonic()
+                    start = len(receiver.stderr_lines)
+                    receiver.process.send_signal(
+                        signal.SIGHUP
+                    )  # nothing can be read now: the old configuration stays
+                    receiver.wait_for_log(r" ERROR .*reload", start=start)
+                    time.sleep(max(0.0, 1 - (time.monotonic() - before)))
+                    self.assertLess(self.cpu_seconds(receiver) - started, 0.4, "it spins")
+                    self.assertIsNone(receiver.process.poll())
+                    body = new_body()
+                    steady.send(raw_request(headers=central_headers(body), body=body))
+                    self.assertEqual(steady.read().json, OK)
+                finally:
+                    for connection in idle:
+                        connection.close()
+            self.assertEqual(receiver.deliver().status, 200)
+            self.assertEqual(self.health(receiver), 200)
+            self.assertLess(len(receiver.stderr_lines), 60, "it floods the log")
+        self.assertEqual(len(self.logged_ids()), 3)
+
+    def test_room_for_connections_is_free_again_when_they_end(self):
+        with Receiver(self.config(max_connections=3)) as receiver:
+            held = [receiver.connect() for _ in range(3)]
+            for connection in held:
+                self.addCleanup(connection.socket.close)
+                connection.send(HEALTH)
+                self.assertEqual(connection.read().status, 200)
+            answer = receiver.deliver()
+            self.assertEqual(answer.status, 503)
+            self.assertIn("retry-after", answer.headers)
+            for number, connection in enumerate(held):
+                with self.subTest(closed=number + 1):
+                    connection.socket.close()
+                    deadline_poll(lambda: receiver.deliver().status == 200, message="there is still no room")
+        self.assertEqual(len(self.logged_ids()), 3)
+
+    def test_room_that_silent_and_dripping_senders_take_is_free_again_in_time(self):
+        body = new_body()
+        half = raw_request(headers=central_headers(body), body=body)[:-1]
+        with Receiver(self.config(max_connections=4, request_timeout_seconds=1)) as receiver:
+            held = [receiver.connect() for _ in range(4)]
+            for connection, data in zip(held, (b"", half[:30], half, b"")):
+                self.addCleanup(connection.socket.close)
+                connection.send(data)
+            deadline_poll(lambda: receiver.deliver().status == 503, 0.9, "there was room")
+            deadline_poll(lambda: receiver.deliver().status == 200, message="there is still no room")
+
+    @unittest.skipIf(resource is None, "needs many descriptors")
+    def test_a_thousand_simultaneous_connections_all_get_an_answer(self):
+        self.raise_descriptor_limit(4096)
+        with Receiver(self.config()) as receiver:
+            connections, statuses, ids = [], [], set()
+            try:
+                for _ in range(1000):
+                    connections.append(receiver.connect())
+                for connection in connections:
+                    body = new_body()
+                    headers = central_headers(body)
+                    try:
+                        connection.send(raw_request(headers=headers, body=body))
+                    except ConnectionError:
+                        self.fail("a connection was reset before it had its answer")
+                    connection.delivery_id = headers["X-Central-Delivery-ID"]
+                for connection in connections:
+                    statuses.append(connection.read().status)
+                    if statuses[-1] == 200:
+                        ids.add(connection.delivery_id)
+            finally:
+                for connection in connections:
+                    connection.socket.close()
+            self.assertEqual(set(statuses) - {200, 503}, set())
+            self.assertGreaterEqual(len(ids), 256)  # max_connections
+            deadline_poll(lambda: receiver.deliver().status == 200, message="it does not recover")
+        logged = self.logged_ids()
+        self.assertEqual(len(logged), len(ids) + 1)
+        self.assertLessEqual(ids, set(logged))
+
+    def test_dripping_senders_delay_nobody(self):
+        body = new_body()
+        data = raw_request(headers=central_headers(body), body=body)
+        with Receiver(self.config(request_timeout_seconds=1)) as receiver:
+            dripping = [receiver.connect() for _ in range(50)]
+            for connection in dripping:
+                self.addCleanup(connection.socket.close)
+            slowest = 0.0
+            for position in range(10):
+                for connection in dripping:
+                    connection.send(data[position : position + 1])
+                started = time.monotonic()
+                self.assertEqual(receiver.deliver().status, 200)
+                slowest = max(slowest, time.monotonic() - started)
+            self.assertLess(slowest, 1)
+            for connection in dripping:
+                self.assertEqual(connection.read().status, 408)
+
+
+if __name__ == "__main__":
+    unittest.main()

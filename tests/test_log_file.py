@@ -1,0 +1,618 @@
+"""The log file and the memory: what a 200 promises survives a kill, a full disk and a restart."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import random
+import re
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+
+from tests.support import (
+    PATH,
+    PROGRAM,
+    TOKEN,
+    Receiver,
+    central_headers,
+    config_of,
+    new_body,
+    now_stamp,
+    raw_request,
+)
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+OK, DUPLICATE = {"status": "ok"}, {"status": "duplicate"}
+URL = "https://www.example.com/centralwebhook"
+HALF_LINE = b'{"received_at": "2026-11-21T20:35:12.123Z", "webhook": "noc", "type": "cent'
+
+WATCH_SYNC = """
+import errno, os
+
+def watch(name):
+    real = getattr(os, name, None)
+    def sync(descriptor):
+        if os.path.exists(os.environ["SYNC_FAILS"]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+        found = os.fstat(descriptor)
+        with open(os.environ["SYNC_TRACE"], "a") as trace:
+            trace.write("%d %d\\n" % (found.st_ino, found.st_size))
+    if real:
+        setattr(os, name, sync)
+
+watch("fsync")
+watch("fdatasync")
+"""
+
+
+def ip_fabric_headers(body, token=TOKEN):
+    """Sign a body as IP Fabric does."""
+    return {"X-IPF-Signature": hmac.new(token.encode(), body, hashlib.sha256).hexdigest()}
+
+
+def bracken_headers(body, token=TOKEN):
+    """Sign a body as Bracken does."""
+    digest = hmac.new(token.encode(), body, hashlib.sha256).digest()
+    return {"Authorization": "HMACSHA256 " + base64.b64encode(digest).decode()}
+
+
+def entrupy_headers(body, token=TOKEN):
+    """Sign a body as Entrupy does."""
+    digest = hmac.new(token.encode(), body, hashlib.sha256).digest()
+    return {"Entrupy-Signature": "SHA256:" + base64.b64encode(digest).decode()}
+
+
+def new_central_headers(created, token=TOKEN):
+    """Sign as new Central does: not the body, only where it goes and when."""
+    parameters = f'("@method" "@target-uri");created={int(created)};alg="hmac-sha256"'
+    base = f'"@method": POST\n"@target-uri": {URL}\n"@signature-params": {parameters}'
+    digest = hmac.new(token.encode(), base.encode(), hashlib.sha256).digest()
+    return {
+        "Signature-Input": f"sig1={parameters}",
+        "Signature": f"sig1=:{base64.b64encode(digest).decode()}:",
+    }
+
+
+class LogCase(unittest.TestCase):
+    """A folder of its own for the log, which outlives the receivers that write to it."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="log-")
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.log = self.folder / "alerts.jsonl"
+
+    def receiver(self, webhook=None, log=None, **options):
+        return Receiver(config_of(webhook=webhook, log_file=str(log or self.log)), **options)
+
+    def read_log(self, log=None):
+        """Return the parsed lines; fail if one is not whole."""
+        data = (log or self.log).read_bytes()
+        self.assertTrue(data.endswith(b"\n") or not data, f"the log ends with a half line: {data[-80:]!r}")
+        return [json.loads(line) for line in data.splitlines()]
+
+    def run_to_the_end(self, config):
+        """Start a receiver that cannot serve; return its exit code and what it said on stderr."""
+        path = self.folder / "input_info.json"
+        path.write_text(json.dumps(config))
+        path.chmod(0o600)
+        command = [sys.executable, str(PROGRAM), f"-i={path}"]
+        ended = subprocess.run(command, capture_output=True, timeout=10)
+        return ended.returncode, ended.stderr.decode()
+
+
+class Lines(LogCase):
+    """What stands in the log, and when."""
+
+    def test_a_line_is_that_of_stdout_plus_its_key(self):
+        latin_body = '{"text": "Störung"}'.encode("latin-1")
+        cases = [
+            ("JSON", b'{"b": 1.50, "a": [1e3, "\xc3\xa4"], "key": "x"}', "alert"),
+            ("text", b"<snapshot>ready</snapshot>", "body"),
+            ("text that looks like the end of a line", b'x"}\n{"key": "00", "y": "', "body"),
+            ("not UTF-8", latin_body, "body_base64"),
+        ]
+        webhooks = [
+            {"name": "noc", "type": "central", "path": PATH, "token": TOKEN},
+            {"name": "fabric", "type": "ip-fabric", "path": "/fabric", "token": TOKEN},
+            {"name": "users", "type": "bracken", "path": "/users", "token": TOKEN},
+        ]
+        senders = [(PATH, central_headers), ("/fabric", ip_fabric_headers), ("/users", bracken_headers)]
+        count = 0
+        with self.receiver(webhooks) as receiver:
+            for (path, sign), webhook in zip(senders, webhooks):
+                for name, body, field in cases:
+                    with self.subTest(webhook["type"], body=name):
+                        self.assertEqual(receiver.post(body, sign(body), path).json, OK)
+                        count += 1
+                        shown = receiver.wait_for_stdout(count)[-1]
+                        kept = self.log.read_text().split("\n")[:-1]
+                        self.assertEqual(len(kept), count)
+                        self.assertEqual(kept[-1][: len(shown) - 1], shown[:-1])
+                        line = json.loads(shown)
+                        self.assertIn(field, line)
+                        self.assertNotIn("key", line)
+                        logged = json.loads(kept[-1])
+                        self.assertIn("key", logged)
+                        del logged["key"]
+                        self.assertEqual(logged, line)
+                        self.assertEqual(line["webhook"], webhook["name"])
+
+    def test_a_delivery_that_got_200_survives_a_kill_at_once(self):
+        ids = []
+        with self.receiver() as receiver:
+            with receiver.connect() as connection:
+                for _ in range(5):
+                    body = new_body()
+                    headers = central_headers(body)
+                    connection.send(raw_request(headers=headers, body=body))
+                    self.assertEqual(connection.read().status, 200)
+                    ids.append(headers["X-Central-Delivery-ID"])
+                receiver.process.kill()
+                receiver.process.wait(10)
+        self.assertEqual([line["delivery_id"] for line in self.read_log()], ids)
+
+    def test_a_200_waits_until_the_line_is_synced_and_a_failed_sync_keeps_nothing(self):
+        (self.folder / "sitecustomize.py").write_text(WATCH_SYNC)
+        trace, fails = self.folder / "trace", self.folder / "fails"
+        environment = {"PYTHONPATH": str(self.folder), "SYNC_TRACE": str(trace), "SYNC_FAILS": str(fails)}
+        with self.receiver(environment=environment) as receiver:
+            for _ in range(3):
+                trace.write_text("")
+                self.assertEqual(receiver.deliver().status, 200)
+                found = self.log.stat()
+                self.assertIn(f"{found.st_ino} {found.st_size}", trace.read_text().splitlines())
+            before = self.log.read_bytes()
+            fails.touch()
+            body = new_body()
+            headers = central_headers(body)
+            for _ in range(2):
+                self.assertEqual(receiver.post(body, headers).status, 503)
+                self.assertEqual(receiver.request(raw_request("GET", "/health", length=False)).status, 503)
+            self.assertEqual(self.log.read_bytes(), before)
+            fails.unlink()
+            self.assertEqual(receiver.post(body, headers).json, OK)
+            self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+            self.assertEqual(receiver.request(raw_request("GET", "/health", length=False)).status, 200)
+        self.assertEqual(len(self.read_log()), 4)
+
+    def test_large_lines_of_simultaneous_senders_never_mix(self):
+        answers, bodies = [], [new_body(filler=letter * 150_000) for letter in "abcdefgh"]
+        with self.receiver() as receiver:
+            threads = [
+                threading.Thread(target=lambda body=body: answers.append(receiver.deliver(body).status))
+                for body in bodies
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(20)
+            self.assertEqual(answers, [200] * len(bodies))
+            shown = [json.loads(line)["alert"] for line in receiver.wait_for_stdout(len(bodies))]
+        kept = [line["alert"] for line in self.read_log()]
+        for alerts in (shown, kept):
+            self.assertEqual(
+                sorted(alerts, key=lambda alert: alert["number"]), [json.loads(body) for body in bodies]
+            )
+
+    def test_what_the_log_already_holds_stays(self):
+        self.log.write_bytes(b'{"from": "another program"}\nnot JSON at all\n\n')
+        with self.receiver() as receiver:
+            self.assertEqual(receiver.deliver().status, 200)
+        lines = self.log.read_bytes().splitlines()
+        self.assertEqual(lines[:3], [b'{"from": "another program"}', b"not JSON at all", b""])
+        self.assertEqual(len(lines), 4)
+
+
+class HalfLines(LogCase):
+    """A power loss or a kill in the middle of a write."""
+
+    def test_a_half_line_at_the_end_is_cut_off_and_reported(self):
+        whole = b'{"whole": 1}\n{"whole": 2}\n'
+        cases = {
+            "alone in the file": (b"", HALF_LINE),
+            "a block of zeros": (whole, b"\0" * 4096),
+            "several megabytes": (whole, b"x" * 3_500_000),
+            "as long as a block of reading": (whole, b"y" * (1 << 20)),
+            "JSON that only lacks its line feed": (whole, b'{"whole": 3}'),
+        }
+        for name, (start, half) in cases.items():
+            with self.subTest(name):
+                self.log.write_bytes(start + half)
+                with self.receiver() as receiver:
+                    receiver.wait_for_log(r" WARNING .*alerts\.jsonl.*half")
+                    self.assertEqual(self.log.read_bytes(), start)
+                    self.assertEqual(receiver.deliver().status, 200)
+                data = self.log.read_bytes()
+                self.assertEqual(data[: len(start)], start)
+                self.assertEqual(json.loads(data[len(start) :])["webhook"], "noc")
+
+    def test_a_whole_log_is_not_touched_and_nothing_is_reported(self):
+        for name, data in (("empty", b""), ("two lines", b'{"whole": 1}\n{"whole": 2}\n')):
+            with self.subTest(name):
+                self.log.write_bytes(data)
+                with self.receiver() as receiver:
+                    self.assertEqual(self.log.read_bytes(), data)
+                    self.assertFalse([line for line in receiver.stderr_lines if "WARNING" in line])
+
+    def test_the_delivery_of_a_half_line_is_accepted_when_it_is_sent_again(self):
+        body = new_body()
+        headers = central_headers(body)
+        with self.receiver() as receiver:
+            self.assertEqual(receiver.deliver().json, OK)
+            self.assertEqual(receiver.post(body, headers).json, OK)
+        data = self.log.read_bytes()
+        for left_out in (1, 40):
+            with self.subTest(bytes_left_out=left_out):
+                self.log.write_bytes(data[:-left_out])
+                with self.receiver() as receiver:
+                    self.assertEqual(receiver.post(body, headers).json, OK)
+                    self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+                self.assertEqual(len(self.read_log()), 2)
+
+
+class FullDisk(LogCase):
+    """No space left: no 200 for what is not kept, and it goes on as soon as there is space."""
+
+    def health(self, receiver):
+        return receiver.request(raw_request("GET", "/health", length=False)).status
+
+    def fill_and_recover(self, receiver, log, make_room):
+        """Deliver until the disk is full, make room, repeat everything; check what is kept."""
+        sent, accepted, refused = [], [], []
+        for size in (900, 10, 300, 2500) * 25:  # of several sizes, so that some writes end within a line
+            body = new_body(filler="x" * size)
+            sent.append((body, central_headers(body)))
+            answer = receiver.post(*sent[-1])
+            if answer.status == 200:
+                accepted.append(sent[-1])
+            else:
+                self.assertEqual(answer.status, 503)
+                self.assertEqual(self.health(receiver), 503)
+                refused.append(sent[-1])
+                kept = [line["delivery_id"] for line in self.read_log(log)]
+                self.assertEqual(kept, [headers["X-Central-Delivery-ID"] for _, headers in accepted])
+                if len(refused) >= 4:
+                    break
+        self.assertGreater(len(accepted), 2, "it was full from the start")
+        self.assertGreaterEqual(len(refused), 4, "it was never full")
+        self.assertIsNone(receiver.process.poll())
+        receiver.wait_for_log(r" ERROR ")
+        make_room()
+        for body, headers in refused:
+            self.assertEqual(receiver.post(body, headers).json, OK)
+            self.assertEqual(self.health(receiver), 200)
+        for body, headers in sent:
+            self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+        kept = [line["delivery_id"] for line in self.read_log(log)]
+        self.assertEqual(sorted(kept), sorted(headers["X-Central-Delivery-ID"] for _, headers in sent))
+        shown = {json.loads(line)["delivery_id"] for line in receiver.wait_for_stdout(len(sent))}
+        self.assertEqual(shown, set(kept))
+        return sent
+
+    @unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0, "needs to mount a small file system")
+    def test_a_full_disk_loses_nothing_and_keeps_nothing_twice(self):
+        disk = self.folder / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+        try:
+            subprocess.run(mount, check=True, stderr=subprocess.PIPE)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.skipTest(f"no tmpfs can be mounted: {error}")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=False)
+        ballast, log = disk / "ballast", disk / "alerts.jsonl"
+        ballast.write_bytes(b"x" * (256 - 24) * 1024)
+        with self.receiver(log=log) as receiver:
+            sent = self.fill_and_recover(receiver, log, ballast.unlink)
+        with self.receiver(log=log) as receiver:
+            for body, headers in random.sample(sent, 3):
+                self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "needs to change the limits of a running process")
+    def test_a_file_that_may_not_grow_loses_nothing_and_keeps_nothing_twice(self):
+        with self.receiver() as receiver:
+            process, hard = receiver.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (20_000, hard))
+            self.fill_and_recover(
+                receiver, self.log, lambda: resource.prlimit(process, resource.RLIMIT_FSIZE, (hard, hard))
+            )
+
+
+class Opening(LogCase):
+    """What cannot be a log file, and that it belongs to one receiver."""
+
+    def test_a_log_file_that_cannot_be_opened_ends_the_program_with_1(self):
+        directory, fifo = self.folder / "directory", self.folder / "fifo"
+        directory.mkdir()
+        cases = {
+            "no such directory": self.folder / "missing" / "alerts.jsonl",
+            "a directory": directory,
+            "a device": Path("/dev/null"),
+        }
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(fifo)
+            cases["a FIFO"] = fifo
+        if hasattr(socket, "AF_UNIX"):
+            unix = socket.socket(socket.AF_UNIX)
+            self.addCleanup(unix.close)
+            unix.bind(str(self.folder / "socket"))
+            cases["a socket"] = self.folder / "socket"
+        for name, path in cases.items():
+            with self.subTest(name):
+                code, said = self.run_to_the_end(config_of(log_file=str(path)))
+                self.assertEqual(code, 1)
+                self.assertRegex(said, rf"^central_webhook_client\.py: error: .*{re.escape(str(path))}.*\n$")
+        self.assertFalse((self.folder / "missing").exists())
+
+    @unittest.skipIf(sys.platform == "win32", "files are not locked there")
+    def test_a_second_receiver_on_the_same_log_is_refused_with_1(self):
+        link = self.folder / "link"
+        with self.receiver() as receiver:
+            link.symlink_to(self.log)
+            for path in (self.log, link):
+                with self.subTest(path.name):
+                    code, said = self.run_to_the_end(config_of(log_file=str(path)))
+                    self.assertEqual(code, 1)
+                    self.assertRegex(
+                        said, rf"^central_webhook_client\.py: error: .*{re.escape(str(path))}.*\n$"
+                    )
+            self.assertEqual(receiver.deliver().status, 200)
+            receiver.process.kill()
+            receiver.process.wait(10)
+            with self.receiver() as successor:
+                self.assertEqual(successor.deliver().status, 200)
+        self.assertEqual(len(self.read_log()), 2)
+
+
+class Memory(LogCase):
+    """Nothing is accepted twice (section 6 of the contract)."""
+
+    def test_a_repetition_is_answered_with_duplicate_and_written_nowhere(self):
+        body = new_body()
+        headers = central_headers(body)
+        with self.receiver() as receiver:
+            self.assertEqual(receiver.post(body, headers).json, OK)
+            for _ in range(3):
+                answer = receiver.post(body, headers)
+                self.assertEqual((answer.status, answer.json), (200, DUPLICATE))
+            last_body = new_body()
+            last = central_headers(last_body)
+            self.assertEqual(receiver.post(last_body, last).json, OK)
+            shown = [json.loads(line)["delivery_id"] for line in receiver.wait_for_stdout(2)]
+        self.assertEqual(shown, [one["X-Central-Delivery-ID"] for one in (headers, last)])
+        self.assertEqual([line["delivery_id"] for line in self.read_log()], shown)
+
+    def test_a_classic_delivery_is_known_by_its_signature_and_by_its_id_with_the_body(self):
+        body, stamp = new_body(), now_stamp(-60)
+        first = central_headers(body, delivery_id="72d3162e-cc78-11e3-81ab-4c9367dc0958", timestamp=stamp)
+        shifted = {
+            "a byte moved from the service to the ID": {
+                "X-Central-Service": "Alert",
+                "X-Central-Delivery-ID": "s" + first["X-Central-Delivery-ID"],
+            },
+            "a byte moved from the ID to the service": {
+                "X-Central-Service": "Alerts7",
+                "X-Central-Delivery-ID": first["X-Central-Delivery-ID"][1:],
+            },
+        }
+        other_id = "81d3162e-cc78-11e3-81ab-4c9367dc0958"
+        same_id = first["X-Central-Delivery-ID"]
+        other_body = new_body()
+        cases = [
+            ("the same bytes", body, first, DUPLICATE),
+            *((name, body, {**first, **change}, DUPLICATE) for name, change in shifted.items()),
+            (
+                "a byte moved from the service to the body",
+                body + b"A",
+                {**first, "X-Central-Service": "lerts"},
+                DUPLICATE,
+            ),
+            (
+                "signed anew",
+                body,
+                central_headers(body, delivery_id=same_id, timestamp=now_stamp(-30)),
+                DUPLICATE,
+            ),
+            (
+                "another event and customer, which nobody signs",
+                body,
+                {**first, "X-Central-Event": "x"},
+                DUPLICATE,
+            ),
+            (
+                "the ID with another body",
+                other_body,
+                central_headers(other_body, delivery_id=same_id, timestamp=stamp),
+                OK,
+            ),
+            (
+                "the body under another ID",
+                body,
+                central_headers(body, delivery_id=other_id, timestamp=stamp),
+                OK,
+            ),
+        ]
+        with self.receiver() as receiver:
+            self.assertEqual(receiver.post(body, first).json, OK)
+            for name, sent, headers, expected in cases:
+                with self.subTest(name):
+                    answer = receiver.post(sent, headers)
+                    self.assertEqual((answer.status, answer.json), (200, expected))
+        self.assertEqual(len(self.read_log()), 3)
+
+    def test_what_a_restart_remembers_of_each_type(self):
+        stamp, created = now_stamp(-5), time.time() - 5
+        bodies = {
+            name: new_body(sender=name)
+            for name in ("central", "new-central", "ip-fabric", "bracken", "entrupy")
+        }
+        signed_anew = central_headers(bodies["central"], delivery_id="one-id", timestamp=now_stamp())
+        rows = [  # type, headers of the first, headers of the repetition, is it remembered
+            (
+                "central",
+                central_headers(bodies["central"], delivery_id="one-id", timestamp=stamp),
+                signed_anew,
+                True,
+            ),
+            ("new-central", new_central_headers(created), new_central_headers(created + 3), True),
+            (
+                "ip-fabric",
+                ip_fabric_headers(bodies["ip-fabric"]),
+                ip_fabric_headers(bodies["ip-fabric"]),
+                True,
+            ),
+            ("bracken", bracken_headers(bodies["bracken"]), bracken_headers(bodies["bracken"]), False),
+            ("entrupy", entrupy_headers(bodies["entrupy"]), entrupy_headers(bodies["entrupy"]), False),
+        ]
+        webhooks = [
+            {
+                "name": f'Büro "{kind}"',
+                "type": kind,
+                "path": f"/{kind}",
+                "token": TOKEN,
+                **({"public_url": URL} if kind == "new-central" else {}),
+            }
+            for kind in bodies
+        ]
+        for restarted in (False, True):
+            with self.receiver(webhooks) as receiver:
+                for kind, first, again, is_remembered in rows:
+                    with self.subTest(kind, restarted=restarted):
+                        if not restarted:
+                            self.assertEqual(receiver.post(bodies[kind], first, f"/{kind}").json, OK)
+                        for headers in (first, again):
+                            answer = receiver.post(bodies[kind], headers, f"/{kind}")
+                            self.assertEqual(
+                                (answer.status, answer.json), (200, DUPLICATE if is_remembered else OK)
+                            )
+        kinds = [line["type"] for line in self.read_log()]
+        self.assertEqual(
+            {kind: kinds.count(kind) for kind in bodies},
+            {**dict.fromkeys(bodies, 1), "bracken": 5, "entrupy": 5},
+        )
+
+    def test_two_alerts_under_one_new_central_signature_are_both_accepted(self):
+        headers = new_central_headers(time.time())
+        webhook = {"name": "new", "type": "new-central", "path": PATH, "token": TOKEN, "public_url": URL}
+        with self.receiver(webhook) as receiver:
+            for body in (new_body(), new_body()):
+                self.assertEqual(receiver.post(body, headers).json, OK)
+        self.assertEqual(len(self.read_log()), 2)
+
+    def test_each_webhook_has_a_memory_of_its_own_also_after_a_restart(self):
+        body = new_body()
+        headers = central_headers(body)
+        webhooks = [{"name": name, "path": f"/{name}", "token": TOKEN} for name in ("north", "south", "east")]
+        with self.receiver(webhooks) as receiver:
+            for path in ("/north", "/south"):
+                self.assertEqual(receiver.post(body, headers, path).json, OK)
+                self.assertEqual(receiver.post(body, headers, path).json, DUPLICATE)
+        with self.receiver(webhooks) as receiver:
+            for path, expected in (("/north", DUPLICATE), ("/south", DUPLICATE), ("/east", OK)):
+                self.assertEqual(receiver.post(body, headers, path).json, expected)
+        self.assertEqual([line["webhook"] for line in self.read_log()], ["north", "south", "east"])
+
+    def test_an_alert_that_imitates_a_line_of_the_log_plants_nothing_in_the_memory(self):
+        webhook = {"name": "fabric", "type": "ip-fabric", "path": PATH, "token": TOKEN}
+        victim = new_body()
+        with self.receiver(webhook) as receiver:
+            self.assertEqual(receiver.post(victim, ip_fabric_headers(victim)).json, OK)
+        line = self.log.read_bytes().decode().rstrip("\n")
+        self.log.unlink()
+        imitations = [
+            line.encode(),
+            json.dumps({"text": line}).encode(),
+            ("[" + line + "]").encode(),
+            json.dumps({"key": json.loads(line)["key"]}).encode(),
+            b'{"a": 1}\n' + line.encode() + b"\n",
+        ]
+        with self.receiver(webhook) as receiver:
+            for body in imitations:
+                self.assertEqual(receiver.post(body, ip_fabric_headers(body)).json, OK)
+        with self.receiver(webhook) as receiver:
+            for body in imitations:
+                self.assertEqual(receiver.post(body, ip_fabric_headers(body)).json, DUPLICATE)
+            self.assertEqual(receiver.post(victim, ip_fabric_headers(victim)).json, OK)
+
+    def test_lines_that_are_none_of_ours_do_not_keep_the_memory_from_being_rebuilt(self):
+        body = new_body()
+        headers = central_headers(body)
+        with self.receiver() as receiver:
+            self.assertEqual(receiver.post(body, headers).json, OK)
+        line = self.log.read_bytes()
+        foreign = [
+            b"",
+            b"null",
+            b"[]",
+            b'{"webhook": "noc"}',
+            b'{"webhook": "noc", "key": 7}',
+            b"\xff\xfe",
+            b"\0" * 100,
+        ]
+        self.log.write_bytes(b"\n".join(foreign) + b"\n" + line + b"\n".join(foreign) + b"\n")
+        with self.receiver() as receiver:
+            self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+
+    def test_a_long_log_is_read_from_its_end(self):
+        deliveries = [(body, central_headers(body)) for body in (new_body(), new_body())]
+        with self.receiver() as receiver:
+            for body, headers in deliveries:
+                self.assertEqual(receiver.post(body, headers).json, OK)
+        oldest, newest = self.log.read_bytes().splitlines(keepends=True)
+        key = json.loads(newest)["key"].encode()
+        start, end = newest.split(key)
+        others = (start + re.sub(rb"[0-9a-f]{8}", b"%08x" % number, key) + end for number in range(99_998))
+        with open(self.log, "wb") as file:
+            try:
+                file.truncate(64 << 30)  # a part of 64 GiB that takes no space, and far too long to read
+            except OSError as error:
+                self.skipTest(f"no sparse files: {error}")
+            file.seek(64 << 30)
+            file.write(b"\n" + oldest)
+            file.writelines(others)
+            file.write(newest)
+        with self.receiver() as receiver:
+            for body, headers in deliveries:  # the first is the hundred thousandth from the end
+                self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+            self.assertEqual(receiver.deliver().json, OK)
+
+    def test_a_twin_of_a_delivery_in_progress_is_asked_to_come_again(self):
+        body = new_body(filler="x" * 300_000)  # more than a pipe takes
+        headers = central_headers(body)
+        again = central_headers(body, delivery_id=headers["X-Central-Delivery-ID"], timestamp=now_stamp(-9))
+        read_end, write_end = os.pipe()
+        with open(read_end, "rb") as reader, self.receiver(stdout=write_end) as receiver:
+            os.close(write_end)
+            with receiver.connect() as connection:
+                connection.send(raw_request(headers=headers, body=body))
+                select.select([reader], [], [], 10)  # it is being written
+                for name, twin in (("the same bytes", headers), ("signed anew", again)):
+                    with self.subTest(name):
+                        answer = receiver.post(body, twin)
+                        self.assertEqual((answer.status, answer.headers.get("retry-after")), (503, "1"))
+                self.assertEqual(json.loads(reader.readline())["alert"], json.loads(body))
+                self.assertEqual(connection.read().json, OK)
+            for twin in (headers, again):
+                self.assertEqual(receiver.post(body, twin).json, DUPLICATE)
+            receiver.process.kill()
+            self.assertEqual(reader.read(), b"")
+        self.assertEqual(len(self.read_log()), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()

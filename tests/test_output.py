@@ -1,0 +1,920 @@
+"""What is written: alerts on stdout, everything else on stderr, and nothing a sender wrote does harm there."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import io
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unittest
+
+import central_webhook_client as product
+from tests.support import (
+    PATH,
+    PROGRAM,
+    TOKEN,
+    Receiver,
+    central_headers,
+    config_of,
+    deadline_poll,
+    new_body,
+    now_stamp,
+    raw_request,
+)
+
+try:
+    import pty
+except ImportError:  # Windows
+    pty = None
+
+# Control characters but for line feed, bidi controls, other separators of lines, surrogates, zero width.
+HARMFUL = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
+COLOUR = re.compile("\x1b\\[[0-9;]*m")
+
+
+def field_key():
+    """Return a configuration that demands an API key in the body."""
+    return {
+        "name": "noc",
+        "path": PATH,
+        "token": TOKEN,
+        "api_key": {"field": "apiKey", "value": "K-very-secret"},
+    }
+
+
+def sign(body, token, *values):
+    return hmac.new(token.encode(), body + b"".join(values), hashlib.sha256).digest()
+
+
+# ---- JSON Lines -----------------------------------------------------------------------
+
+
+class JsonLines(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        config = config_of(
+            webhook=[
+                {"name": "noc", "path": PATH, "token": TOKEN},
+                {**field_key(), "name": "keyed", "path": "/keyed"},
+                {"name": "fabric", "path": "/fabric", "type": "ip-fabric", "token": TOKEN},
+                {"name": "n\xfc\u2713", "path": "/name", "token": TOKEN},
+            ],
+            log_file="alerts.log",
+        )
+        cls.receiver = Receiver(config).__enter__()
+        cls.addClassCleanup(cls.receiver.__exit__)
+
+    def deliver(self, body, path=PATH, headers=None, **signing):
+        """Deliver; return the lines on stdout and in the log that this made."""
+        before = len(self.receiver.stdout_lines)
+        answer = self.receiver.post(
+            body, central_headers(body, **signing) if headers is None else headers, path
+        )
+        self.assertEqual((answer.status, answer.json), (200, {"status": "ok"}))
+        line = self.receiver.wait_for_stdout(before + 1)[-1]
+        self.assertEqual(len(self.receiver.stdout_lines), before + 1)
+        return line, self.logged()[-1]
+
+    def logged(self):
+        text = (self.receiver.folder / "alerts.log").read_bytes()
+        self.assertTrue(text.endswith(b"\n"))
+        return text.decode("ascii").split("\n")[:-1]
+
+    def test_a_line_has_exactly_these_fields(self):
+        body = b'{"alert_type":"AP disconnected","nid":1}'
+        line, logged = self.deliver(body, delivery_id="72d3162e", timestamp=now_stamp())
+        found = json.loads(line)
+        self.assertEqual(list(found), ["received_at", "webhook", "type", "delivery_id", "sent_at", "alert"])
+        self.assertRegex(found["received_at"], r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")
+        self.assertEqual(
+            (found["webhook"], found["type"], found["delivery_id"]), ("noc", "central", "72d3162e")
+        )
+        expected = (
+            f'{{"received_at": "{found["received_at"]}", "webhook": "noc", "type": "central", '
+            f'"delivery_id": "72d3162e", "sent_at": "{found["sent_at"]}", "alert": {body.decode()}}}'
+        )
+        self.assertEqual(line, expected)
+        self.assertTrue(logged.startswith(line[:-1] + ', "key": "'), logged)
+        self.assertEqual(list(json.loads(logged)), [*found, "key"])
+
+    def test_the_time_it_was_received_is_utc(self):
+        before = time.time()
+        line, _ = self.deliver(new_body())
+        text = json.loads(line)["received_at"]
+        seconds = product.parse_delivery_timestamp(text)
+        self.assertTrue(before - 1 <= seconds <= time.time() + 1, text)
+
+    def test_sent_at_is_as_the_sender_wrote_it(self):
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S.250-07:00", time.gmtime(time.time() - 7 * 3600))
+        line, _ = self.deliver(new_body(), timestamp=stamp)
+        self.assertEqual(json.loads(line)["sent_at"], stamp)
+
+    def test_a_sender_without_id_and_time_has_null_there(self):
+        body = new_body()
+        line, _ = self.deliver(body, "/fabric", {"X-IPF-Signature": sign(body, TOKEN).hex()})
+        found = json.loads(line)
+        self.assertEqual((found["type"], found["delivery_id"], found["sent_at"]), ("ip-fabric", None, None))
+
+    def test_numbers_order_and_spelling_are_kept(self):
+        for number, text in enumerate(
+            (
+                '{"a":1.0,"b":1.50,"c":1e400,"d":-0,"e":-0.0,"f":1E+2}',
+                '{"n":123456789012345678901234567890123456789}',
+                '{"n":' + "9" * 5000 + "}",
+                '{"n":0.1000000000000000055511151231257827}',
+                '{"z":1,"a":2,"m":3}',
+                '{"a":1,"a":2,"a":1}',
+                '{"e":"\\u00e9\\ud83d\\ude00","s":"\\/","t":"\\u0041"}',
+                '{"lone":"\\ud800","other":"\\udc00\\ud800"}',
+                '{"escapes":"\\u001b[2J\\u202e\\n\\r\\t\\b\\f\\u0000"}',
+                '{"spaces" :  [ 1 , 2 ] , "empty":{ } }',
+                "[]",
+                '"only a string"',
+                "17",
+                "1e999999999",
+                "null",
+                "true",
+                ' {"space":"around"} ',
+            )
+        ):
+            with self.subTest(text[:40]):
+                line, logged = self.deliver(text.encode(), delivery_id=f"kept-{number}")
+                self.assertTrue(line.endswith(f'"alert": {text}}}'), line[-200:])
+                self.assertIn(f'"alert": {text}, "key": ', logged)
+
+    def test_other_white_space_outside_of_strings_becomes_spaces(self):
+        body = b'{\r\n\t"a": "x  y",\n\n\t"b": [\n1,\r2\n]\r\n}\n'
+        line, _ = self.deliver(body)
+        shown = line.partition('"alert": ')[2][:-1]
+        self.assertEqual(json.loads(shown), json.loads(body))
+        self.assertEqual(re.sub(r"\s+", "", shown), re.sub(r"\s+", "", body.decode()))
+        self.assertIn('"x  y"', shown)
+
+    def test_what_is_not_ascii_is_escaped(self):
+        hostile = "\xe9\u20ac\U0001f600\u202e\u2066\u2028\u2029\x85\x9b\x7f\u200b\ufeff"
+        body = json.dumps({"text": hostile, hostile: 1}, ensure_ascii=False).encode()
+        line, _ = self.deliver(body)
+        self.assertRegex(line, r"\A[\x20-\x7e]+\Z")
+        self.assertEqual(json.loads(line)["alert"], {"text": hostile, hostile: 1})
+
+    def test_a_body_that_is_not_json_is_text(self):
+        for text in (
+            "",
+            "plain text",
+            "<alert>\xe9</alert>",
+            '{"a":1',
+            "{'a':1}",
+            '{"a":NaN}',
+            '{"a":01}',
+            '{"a":1,}',
+            '{"a":"line\nfeed"}',
+            '{"a":"\x1b[2J"}',
+            "\x1b[2J\x9b31m\x07\r\n\x00\x7f\u202e\u2028",
+            '", "key": "forged"}\n{"received_at": "',
+        ):
+            with self.subTest(text):
+                line, logged = self.deliver(text.encode(), delivery_id=f"text-{hash(text)}")
+                self.assertRegex(line, r"\A[\x20-\x7e]+\Z")
+                found = json.loads(line)
+                self.assertEqual(list(found)[-2:], ["alert", "body"])
+                self.assertEqual((found["alert"], found["body"]), (None, text))
+                self.assertEqual(json.loads(logged)["body"], text)
+
+    def test_a_body_that_is_not_utf8_is_base64(self):
+        for body in (
+            b"\xff",
+            b'{"a":"\xe9"}',
+            bytes(range(256)),
+            b"\xed\xa0\x80",
+            b"\xc0\xaf",
+            '{"a":1}'.encode("utf-16"),
+        ):
+            with self.subTest(body[:9]):
+                line, _ = self.deliver(body)
+                found = json.loads(line)
+                self.assertEqual(list(found)[-2:], ["alert", "body_base64"])
+                self.assertIsNone(found["alert"])
+                self.assertEqual(base64.b64decode(found["body_base64"], validate=True), body)
+
+    def test_deep_nesting_is_kept_on_one_line(self):
+        body = b"[" * 100000 + b"]" * 100000
+        line, logged = self.deliver(body)
+        self.assertIn("[" * 1000, line)
+        self.assertTrue(logged.startswith(line[:-1]))
+
+    def test_hostile_headers_are_escaped(self):
+        for value in ("\xe9\x85\x9b31m", '", "key": "forged', "\\", "\x80\xff" * 50, "a\tb"):
+            body = new_body()
+            stamp = now_stamp()
+            signed = sign(body, TOKEN, value.encode("latin-1"), value.encode("latin-1"), stamp.encode())
+            headers = {
+                "X-Central-Service": value,
+                "X-Central-Delivery-ID": value,
+                "X-Central-Delivery-Timestamp": stamp,
+                "X-Central-Event": value,
+                "X-Central-Signature": base64.b64encode(signed).decode(),
+            }
+            with self.subTest(value[:9]):
+                line, logged = self.deliver(body, headers=headers)
+                self.assertRegex(line, r"\A[\x20-\x7e]+\Z")
+                found = json.loads(line)
+                self.assertEqual(len(found), 6)
+                self.assertEqual(found["delivery_id"], value)
+                self.assertTrue(logged.startswith(line[:-1] + ', "key": "'))
+
+    def test_the_name_of_the_webhook_is_ascii_as_well(self):
+        line, _ = self.deliver(new_body(), "/name")
+        self.assertRegex(line, r"\A[\x20-\x7e]+\Z")
+        self.assertEqual(json.loads(line)["webhook"], "n\xfc\u2713")
+
+    def test_an_api_key_of_the_body_is_masked(self):
+        for text, expected in (
+            ('{"apiKey":"K-very-secret","a":1.0}', '{"apiKey":"***","a":1.0}'),
+            ('{"a": 2, "apiKey" : "K-very-secret" }', '{"a": 2, "apiKey" : "***" }'),
+            ('{"\\u0061piKey":"K-very-secret","a":3}', '{"\\u0061piKey":"***","a":3}'),
+            ('{"apiKey":"K\\u002dvery-secret","a":4}', '{"apiKey":"***","a":4}'),
+            ('{"x":{"apiKey":"inner"},"apiKey":"K-very-secret"}', '{"x":{"apiKey":"inner"},"apiKey":"***"}'),
+            ('{"x":"\\"apiKey\\":","apiKey":"K-very-secret"}', '{"x":"\\"apiKey\\":","apiKey":"***"}'),
+        ):
+            with self.subTest(text):
+                line, logged = self.deliver(text.encode(), "/keyed")
+                self.assertTrue(line.endswith(f'"alert": {expected}}}'), line)
+                self.assertIn(f'"alert": {expected}, "key"', logged)
+                self.assertNotIn("very-secret", line + logged)
+
+    def test_a_wrong_api_key_of_the_body_is_refused(self):
+        for text in (
+            "{}",
+            '{"apiKey":""}',
+            '{"apiKey":"another"}',
+            '{"apiKey":null}',
+            '{"apiKey":["K-very-secret"]}',
+            '{"x":{"apiKey":"K-very-secret"}}',
+            '{"apiKey":"K-very-secret","apiKey":"K-very-secret"}',
+            '{"apiKey":"K-very-secret","apiKey":"another"}',
+            '{"apikey":"K-very-secret"}',
+            '["apiKey","K-very-secret"]',
+            '"apiKey"',
+            "apiKey=K-very-secret",
+            "",
+        ):
+            with self.subTest(text):
+                body = text.encode()
+                self.assertEqual(self.receiver.post(body, central_headers(body), "/keyed").status, 401)
+
+    def test_the_log_has_what_stdout_has_and_a_key_that_tells_deliveries_apart(self):
+        lines = [self.deliver(new_body())[1] for _ in range(3)]
+        keys = [json.loads(line)["key"] for line in lines]
+        self.assertEqual(len(set(keys)), 3)
+        self.assertTrue(all(isinstance(key, str) and key for key in keys))
+        self.assertEqual(len(self.logged()), len(self.receiver.stdout_lines))
+
+
+# ---- For people ----------------------------------------------------------------------------
+
+
+def delivery(body, **changes):
+    """Return a Delivery of the product, as it would be for this body."""
+    try:
+        json.loads(body)
+        text = body.decode()
+    except ValueError:
+        text = None
+    found = {
+        "received_at": 1795293312.123,
+        "webhook": "noc",
+        "type": "central",
+        "delivery_id": "72d3162e",
+        "sent_at": "2026-11-21T20:35:12Z",
+        "body": body,
+        "text": text,
+        "key": "00",
+        **changes,
+    }
+    return product.Delivery(**found)
+
+
+ALERT = {
+    "alert_type": "AP disconnected",
+    "severity": "Critical",
+    "state": "Open",
+    "description": "AP lobby-1 disconnected",
+    "details": {"serial": "CN1", "name": "B\xfcro \u6771\u4eac"},
+    "list": [1, 2.50, [], {}],
+}
+
+
+class Pretty(unittest.TestCase):
+    def render(self, payload, columns=0, colour=False, **changes):
+        body = (
+            payload
+            if isinstance(payload, bytes)
+            else json.dumps(payload, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        )
+        return product.render_pretty(delivery(body, **changes), columns, colour, 3)
+
+    def test_a_header_line_and_the_indented_alert(self):
+        text = self.render(ALERT)
+        header, _, rest = text.partition("\n")
+        for part in ("noc", "CRITICAL", "Open", "AP disconnected", "AP lobby-1 disconnected"):
+            self.assertIn(part, header)
+        self.assertRegex(header, r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+        self.assertTrue(rest.endswith("\n"))
+        self.assertEqual(json.loads(rest), ALERT)
+        self.assertIn("B\xfcro \u6771\u4eac", rest)
+        for line in rest.splitlines():
+            self.assertTrue(line.startswith("  "), line)
+        self.assertNotIn("\x1b", text)
+
+    def test_new_central_has_its_name_and_summary_in_the_header(self):
+        payload = {"name": "AP Down", "severity": "Major", "state": "Active", "summary": "An AP is down"}
+        header = self.render(payload).partition("\n")[0]
+        for part in ("AP Down", "MAJOR", "Active", "An AP is down"):
+            self.assertIn(part, header)
+
+    def test_numbers_order_and_spelling_are_kept(self):
+        body = b'{"z":1.0,"a":1e400,"b":12345678901234567890123,"b":2,"c":-0.0}'
+        rest = self.render(body).partition("\n")[2]
+        self.assertEqual("".join(rest.split()), body.decode())
+
+    def test_colours(self):
+        text = self.render(ALERT, colour=True)
+        self.assertIn("\x1b[", text.partition("\n")[0])
+        self.assertEqual(COLOUR.sub("", text), self.render(ALERT))
+
+    def test_the_header_is_cut_to_the_width_of_the_terminal(self):
+        for columns in (200, 80, 40, 20, 10, 5, 1):
+            for colour in (False, True):
+                with self.subTest(columns, colour=colour):
+                    header = self.render(ALERT, columns=columns, colour=colour).partition("\n")[0]
+                    self.assertLessEqual(len(COLOUR.sub("", header)), columns)
+
+    def test_nothing_the_sender_wrote_moves_the_cursor(self):
+        hostile = (
+            "".join(map(chr, range(32))) + "\x7f\x80\x85\x9b\u202e\u2066\u2069\u200f\u2028\u2029\ud800\ufeff"
+        )
+        payloads = [
+            {
+                name: hostile
+                for name in ("alert_type", "severity", "state", "description", "device_id", "details")
+            },
+            {"name": hostile, "summary": hostile, "siteId": hostile, hostile: hostile},
+            {"details": {"serial": hostile, "severity": hostile}},
+            [hostile],
+            hostile,
+            ("no JSON " + hostile[:-2]).encode("utf-8", "surrogatepass"),
+            b"\xff\x1b[2J" + bytes(range(256)),
+            b"\x9b31m",
+            json.dumps({"severity": hostile, "state": hostile, "description": hostile}).encode(),
+        ]
+        for number, payload in enumerate(payloads):
+            for colour in (False, True):
+                with self.subTest(number, colour=colour):
+                    text = self.render(payload, colour=colour, columns=120)
+                    self.assertNotRegex(COLOUR.sub("", text) if colour else text, HARMFUL)
+                    header, _, rest = text.partition("\n")
+                    self.assertTrue(all(line.startswith("  ") for line in rest.splitlines()))
+                    self.assertLessEqual(len(COLOUR.sub("", header)), 120)
+
+    def test_a_colour_of_the_sender_does_not_come_through(self):
+        text = self.render({"alert_type": "\x1b[31mred\x1b[0m", "severity": "\x1b[0m"}, colour=False)
+        self.assertNotIn("\x1b", text)
+
+    def test_whatever_the_alert_is_it_is_shown(self):
+        for payload in (
+            None,
+            True,
+            5,
+            1.5,
+            "x",
+            [],
+            {},
+            [[]],
+            {"": ""},
+            {"severity": None, "state": 5, "details": []},
+        ):
+            with self.subTest(payload):
+                text = self.render(payload)
+                self.assertIn("noc", text.partition("\n")[0])
+                self.assertEqual(json.loads(text.partition("\n")[2]), payload)
+        deep = b"[" * 100000 + b"]" * 100000
+        text = product.render_pretty(delivery(b"x", body=deep, text=deep.decode()), 80, False, 3)
+        self.assertEqual(text.count("["), 100000)
+        number = b'{"severity":' + b"9" * 5000 + b"}"
+        text = product.render_pretty(delivery(b"x", body=number, text=number.decode()), 80, False, 3)
+        self.assertIn("9" * 5000, text)
+
+
+class PrettyProcess(unittest.TestCase):
+    def test_pretty_into_a_pipe_has_no_colours(self):
+        body = json.dumps({**ALERT, "apiKey": "K-very-secret"}, ensure_ascii=False).encode()
+        with Receiver(config_of(webhook=field_key()), ["--format", "pretty"]) as receiver:
+            self.assertEqual(receiver.post(body, central_headers(body)).status, 200)
+            deadline_poll(lambda: "  }" in receiver.stdout_lines)
+            header, *rest = receiver.stdout_lines
+            self.assertIn("AP disconnected", header)
+            self.assertIn("CRITICAL", header)
+            self.assertEqual(json.loads("\n".join(rest)), {**ALERT, "apiKey": "***"})
+            text = "\n".join(receiver.stdout_lines)
+            self.assertIn("B\xfcro \u6771\u4eac", text)
+            self.assertNotIn("\x1b", text)
+            self.assertNotIn("very-secret", text)
+
+    @unittest.skipUnless(pty, "there are no pseudo-terminals here")
+    def test_on_a_terminal_it_is_pretty_and_in_colour_unless_told_otherwise(self):
+        usual = {"TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}
+        for what, arguments, environment, pretty, colour in (
+            ("auto", [], usual, True, True),
+            ("NO_COLOR", [], {**usual, "NO_COLOR": "1"}, True, False),
+            ("json", ["--format", "json"], usual, False, False),
+        ):
+            with self.subTest(what):
+                text = self.on_terminal(arguments, environment)
+                self.assertEqual("\x1b[" in text, colour)
+                plain = COLOUR.sub("", text).replace("\r\n", "\n")
+                self.assertNotRegex(plain, HARMFUL)
+                if pretty:
+                    header, _, rest = plain.partition("\n")
+                    self.assertIn("AP disconnected", header)
+                    self.assertEqual(
+                        json.loads(rest), {**ALERT, "hostile": "\x1b[2J\u202e", "end": "the end"}
+                    )
+                else:
+                    self.assertEqual(json.loads(plain)["alert"]["end"], "the end")
+
+    def on_terminal(self, arguments, environment):
+        """Deliver an alert to a receiver whose stdout is a terminal; return what was written there."""
+        body = json.dumps({**ALERT, "hostile": "\x1b[2J\u202e", "end": "the end"}).encode()
+        master, slave = pty.openpty()
+        try:
+            with Receiver(config_of(), arguments, environment, stdout=slave) as receiver:
+                self.assertEqual(receiver.deliver(body).status, 200)
+                data, end = b"", time.monotonic() + 10
+                while (
+                    not re.search(rb'the end"\s+\}+\s*\n|the end"\}+\r?\n', data) and time.monotonic() < end
+                ):
+                    if select.select([master], [], [], 0.1)[0]:
+                        data += os.read(master, 65536)
+        finally:
+            os.close(slave)
+            os.close(master)
+        return data.decode()
+
+
+# ---- stderr ------------------------------------------------------------------------------
+
+
+class Rejections(unittest.TestCase):
+    """One WARNING for each rejection, with peer, webhook, reason, and a hint."""
+
+    SECRETS = (TOKEN, "body-marker")
+
+    def setUp(self):
+        self.receivers = []
+        self.signatures = set()
+        self.addCleanup(self.assert_clean)
+
+    def receiver(self, config=None):
+        receiver = Receiver(config or config_of()).__enter__()
+        self.addCleanup(receiver.__exit__)
+        self.receivers.append(receiver)
+        return receiver
+
+    def assert_clean(self):
+        for receiver in self.receivers:
+            for line in receiver.stderr_lines:
+                self.assertRegex(line, r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\S* (INFO|WARNING) \S")
+                self.assertNotRegex(line, HARMFUL)
+                for secret in (*self.SECRETS, *self.signatures):
+                    self.assertNotIn(secret, line)
+
+    def rejected(self, receiver, raw, *patterns, status=401):
+        """Send until it has a line of its own, which the limit of lines a second may delay; return that line."""
+        self.signatures.update(
+            match[1].decode() for match in re.finditer(rb"Signature: (?:sig1=)?:?([^:\r]{20,})", raw)
+        )
+        end = time.monotonic() + 10
+        while True:
+            before = len(receiver.stderr_lines)
+            self.assertEqual(receiver.request(raw).status, status)
+            with contextlib.suppress(AssertionError):
+                line = receiver.wait_for_log(r" WARNING .*\b%d\b" % status, 1, before)
+                break
+            self.assertLess(time.monotonic(), end, "no line in the log")
+        for pattern in patterns:
+            self.assertRegex(line, pattern)
+        return line
+
+    def body(self):
+        return new_body(text="body-marker")
+
+    def test_a_rejection_is_one_line_with_peer_webhook_and_reason(self):
+        receiver = self.receiver()
+        body = self.body()
+        before = len(receiver.stderr_lines)
+        self.assertEqual(receiver.deliver(body, token="another").status, 401)
+        self.assertEqual(receiver.deliver().status, 200)
+        line = receiver.wait_for_log("WARNING", start=before)
+        for pattern in (r"127\.0\.0\.1", r"'noc'|\"noc\"|\bnoc\b", "signature"):
+            self.assertRegex(line, pattern)
+        self.assertEqual(receiver.stop(), 0)
+        self.assertEqual(len([one for one in receiver.stderr_lines if "WARNING" in one]), 1)
+
+    def test_the_peer_behind_a_proxy_is_the_last_forwarded_address(self):
+        receiver = self.receiver()
+        for pairs, peer in (
+            ([("X-Forwarded-For", "198.51.100.7")], "198.51.100.7"),
+            ([("X-Forwarded-For", "192.0.2.66, 198.51.100.8")], "198.51.100.8"),
+            ([("X-Forwarded-For", "192.0.2.66"), ("X-Forwarded-For", "198.51.100.9")], "198.51.100.9"),
+            ([("X-Forwarded-For", "2001:db8::1")], "2001:db8::1"),
+            ([("X-Forwarded-For", "192.0.2.66, nonsense")], "127.0.0.1"),
+            ([("X-Forwarded-For", "")], "127.0.0.1"),
+            ([("X-Real-IP", "192.0.2.66")], "127.0.0.1"),
+        ):
+            with self.subTest(pairs):
+                line = self.rejected(receiver, raw_request(headers=pairs, body=self.body()), re.escape(peer))
+                self.assertNotIn("192.0.2.66", line)
+
+    def test_every_kind_of_rejection_has_its_line(self):
+        receiver = self.receiver()
+        body = self.body()
+        stale = central_headers(body, timestamp=now_stamp(-49.5 * 3600))
+        for status, raw, patterns in (
+            (400, raw_request(headers={"X-Header ": "x"}), ["malformed"]),
+            (401, raw_request(headers=stale, body=body), ["stale|old|ago", "49|2 day|178200|1782"]),
+            (404, raw_request(path="/other"), ["/other"]),
+            (405, raw_request("PUT"), ["PUT"]),
+            (411, raw_request(length=False), ["length|Length"]),
+            (
+                413,
+                raw_request(headers={"Content-Length": "99999999"}, length=False),
+                ["max_body_bytes|too large"],
+            ),
+            (414, raw_request(path="/" + "x" * 9000), []),
+            (431, raw_request(headers={"X": "x" * 70000}), []),
+            (501, raw_request(headers={"Transfer-Encoding": "gzip"}, length=False), ["gzip"]),
+            (505, raw_request(version="HTTP/2.0"), ["2.0"]),
+        ):
+            with self.subTest(status):
+                self.rejected(receiver, raw, r"127\.0\.0\.1", *patterns, status=status)
+
+    def test_a_hostile_request_cannot_start_a_second_line(self):
+        receiver = self.receiver()
+        good = central_headers(b"{}")
+        for status, raw in (
+            (404, raw_request(path="/%0a%0d2026-01-01T00:00:00Z%20WARNING%20forged")),
+            (405, raw_request("FORGED'\"|", headers={"X-Forwarded-For": "\x85\x9b2J"})),
+            (
+                401,
+                raw_request(headers={**good, "X-Central-Service": "\x85\x9b2J\t\xa0\xad"}, body=b"\n\x1b[2J"),
+            ),
+            (401, raw_request(headers={**good, "X-Central-Delivery-Timestamp": "\x85\x9b"}, body=b"{}")),
+            (401, raw_request(headers={"Signature": "\x85", "Signature-Input": "\x9b\x85=()"}, body=b"{}")),
+            (501, raw_request(headers={"Transfer-Encoding": "\x85\x9b31m\xad"}, length=False)),
+            (400, raw_request(headers={"Content-Length": "\x85\x9b31m"}, length=False)),
+            (400, raw_request(host="\x85\x9b31m")),
+        ):
+            with self.subTest(raw[:30]):
+                line = self.rejected(receiver, raw, status=status)
+                self.assertNotRegex(line, HARMFUL)
+
+    def test_more_than_ten_lines_a_second_are_summed_up(self):
+        receiver = self.receiver()
+        start = int(time.monotonic())
+        with receiver.connect() as connection:
+            connection.send(raw_request(body=b"forged") * 100)
+            for _ in range(100):
+                self.assertEqual(connection.read().status, 401)
+        seconds = int(time.monotonic()) - start + 2
+
+        def total():
+            lines = list(receiver.stderr_lines)
+            single = [line for line in lines if "127.0.0.1" in line and "WARNING" in line]
+            sums = [re.search(r"WARNING .*?\b(\d+) more\b", line) for line in lines]
+            found = sum(int(match[1]) for match in sums if match)
+            return (single, found) if len(single) + found == 100 else None
+
+        single, found = deadline_poll(total)
+        self.assertLessEqual(len(single), 10 * seconds)
+        self.assertGreater(found, 0)
+
+    # Hints
+
+    def test_the_missing_header_is_named(self):
+        receiver = self.receiver()
+        body = self.body()
+        headers = central_headers(body)
+        for name in (
+            "X-Central-Signature",
+            "X-Central-Service",
+            "X-Central-Delivery-ID",
+            "X-Central-Delivery-Timestamp",
+        ):
+            for changed in (
+                {**headers, name: ""},
+                {key: value for key, value in headers.items() if key != name},
+            ):
+                with self.subTest(name):
+                    line = self.rejected(receiver, raw_request(headers=changed, body=body), "(?i)missing")
+                    self.assertIn(name.lower(), line.lower())
+                    others = [one for one in headers if one.startswith("X-Central-S") and one != name]
+                    self.assertFalse([one for one in others if one.lower() + "," in line.lower()])
+
+    def test_a_clock_that_is_off_is_named_with_by_how_much(self):
+        receiver = self.receiver()
+        body = self.body()
+        raw = raw_request(headers=central_headers(body, timestamp=now_stamp(3 * 3600 + 60)), body=body)
+        self.rejected(receiver, raw, "(?i)clock", r"3:0[01]|3\.0\d? ?h|108\d\d")
+
+    def test_a_time_stamp_that_is_not_understood_is_named(self):
+        receiver = self.receiver()
+        body = self.body()
+        raw = raw_request(headers=central_headers(body, timestamp="yesterday"), body=body)
+        self.rejected(receiver, raw, "(?i)time ?stamp|time|timestamp", "understood")
+
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "there is no SIGHUP here")
+    def test_an_older_token_is_named(self):
+        receiver = self.receiver()
+        receiver.write_config(config_of(webhook={"name": "noc", "path": PATH, "token": "token-new"}))
+        start = len(receiver.stderr_lines)
+        receiver.process.send_signal(signal.SIGHUP)
+        receiver.wait_for_log("reloaded", start=start)
+        self.assertEqual(receiver.deliver(token="token-new").status, 200)
+        body = self.body()
+        line = self.rejected(
+            receiver, raw_request(headers=central_headers(body), body=body), "(?i)old(er)? token"
+        )
+        self.assertNotIn("token-new", line)
+
+    def test_a_token_with_a_line_feed_is_named(self):
+        receiver = self.receiver()
+        body = self.body()
+        raw = raw_request(headers=central_headers(body, token=TOKEN + "\n"), body=body)
+        self.rejected(receiver, raw, "(?i)token", "(?i)white space|line feed|newline")
+
+    def test_a_signature_over_the_body_alone_is_named(self):
+        receiver = self.receiver()
+        body = self.body()
+        signature = base64.b64encode(sign(body, TOKEN)).decode()
+        for headers in (
+            {"X-Central-Signature": signature},
+            {**central_headers(body), "X-Central-Signature": signature},
+        ):
+            self.rejected(receiver, raw_request(headers=headers, body=body), "(?i)body alone", "(?i)prox")
+
+    def test_new_central_at_a_webhook_of_classic_central_is_named(self):
+        receiver = self.receiver()
+        headers = {
+            "Date": "Tue, 12 Aug 2025 01:50:03 GMT",
+            "Signature-Input": 'sig1=("@method" "@target-uri" "date");created=1754963403',
+            "Signature": "sig1=:59xCXJTPTyTNhdcu7DD/Yrf2JiKMjngC2DAcGsydc20=:",
+        }
+        self.rejected(receiver, raw_request(headers=headers, body=self.body()), "new Central", "new-central")
+
+    def test_classic_central_at_a_webhook_of_new_central_is_named(self):
+        url = "https://central.example.com/centralwebhook"
+        webhook = {"name": "noc", "type": "new-central", "token": TOKEN, "public_url": url}
+        receiver = self.receiver(config_of(webhook=webhook))
+        body = self.body()
+        self.rejected(receiver, raw_request(headers=central_headers(body), body=body), "(?i)classic Central")
+
+    def test_a_body_that_a_proxy_has_spelled_anew_is_named(self):
+        receiver = self.receiver()
+        payload = {"text": "body-marker", "n": [1, 2], "e": "\xe9"}
+        compact = json.dumps(payload, separators=(",", ":"), ensure_ascii=False).encode()
+        for body, sent in (
+            (compact, json.dumps(payload, ensure_ascii=False).encode()),
+            (compact, json.dumps(payload, indent=2).encode()),
+            (compact, compact + b"\n"),
+            (json.dumps(payload).encode(), compact),
+        ):
+            with self.subTest(sent[:20]):
+                raw = raw_request(headers=central_headers(body), body=sent)
+                self.rejected(receiver, raw, "(?i)prox", "(?i)white space|spell|spaced|format")
+
+    def test_hints_do_no_harm(self):
+        """Looking for a hint must not fail, nor accept anything."""
+        receiver = self.receiver()
+        before = len(receiver.stdout_lines)
+        for body in (
+            b"",
+            b"[" * 100000,
+            b"[" * 100000 + b"]" * 100000,
+            b'{"a":' + b"9" * 5000 + b"}",
+            b'{"a":1e400,"b":"\\ud800"}',
+            b"\xff\xfe",
+            b"NaN",
+            b'"' + b"\\" * 9999,
+            b"[1" + b",1" * 200000 + b"]",
+        ):
+            for headers in (
+                central_headers(b"x"),
+                {"X-Central-Signature": "\xff"},
+                {"Signature-Input": "\xff"},
+                {},
+            ):
+                with self.subTest(body[:9], headers=list(headers)[:1]):
+                    begin = time.monotonic()
+                    self.assertEqual(receiver.post(body, headers).status, 401)
+                    self.assertLess(time.monotonic() - begin, 3)
+        self.assertEqual(receiver.deliver().status, 200)
+        self.assertEqual(len(receiver.wait_for_stdout(before + 1)), before + 1)
+
+    def test_wrong_api_keys_and_access_tokens_are_not_logged(self):
+        webhook = {
+            "name": "noc",
+            "path": PATH,
+            "token": TOKEN,
+            "api_key": {"header": "X-Key", "value": "right-key-1"},
+        }
+        receiver = self.receiver(config_of(webhook=webhook))
+        body = self.body()
+        for value in ("wrong-key-2", "", None):
+            headers = {**central_headers(body), **({"X-Key": value} if value is not None else {})}
+            line = self.rejected(receiver, raw_request(headers=headers, body=body), "(?i)x-key")
+            self.assertNotIn("right-key-1", line)
+            self.assertNotIn("wrong-key-2", line)
+        for value in ("right-key-1", "Bearer right-key-1", "ApiKey right-key-1"):
+            body = new_body()
+            self.assertEqual(receiver.post(body, {**central_headers(body), "X-Key": value}).status, 200)
+        self.assertFalse([line for line in receiver.stderr_lines if "right-key-1" in line])
+
+
+# ---- --demo and --send-sample -------------------------------------------------------------------
+
+
+def run_program(*arguments, environment=None):
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), *map(str, arguments)],
+        capture_output=True,
+        timeout=30,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+class Demo(unittest.TestCase):
+    def test_it_shows_accepted_alerts_and_a_refused_one(self):
+        for arguments, pretty in (([], False), (["--format", "pretty"], True)):
+            with self.subTest(arguments):
+                done = run_program("--demo", *arguments)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                stdout, stderr = done.stdout.decode(), done.stderr.decode()
+                self.assertNotIn("Traceback", stderr)
+                self.assertIn("200", stderr)
+                self.assertRegex(stderr, r"(?i)forged.*401")
+                if pretty:
+                    self.assertNotIn('"received_at"', stdout)
+                    self.assertRegex(stdout.splitlines()[0], r"\A\d{4}-\d\d-\d\d .*demo")
+                else:
+                    alerts = [json.loads(line) for line in stdout.splitlines()]
+                    self.assertGreaterEqual(len(alerts), 2)
+                    for alert in alerts:
+                        self.assertEqual((alert["webhook"], alert["type"]), ("demo", "central"))
+                        self.assertIsInstance(alert["alert"], dict)
+
+
+class SendSample(unittest.TestCase):
+    WEBHOOKS = [
+        {"name": "central", "path": "/central", "token": TOKEN},
+        {"name": "old", "path": "/old", "token": ["first", "second"]},
+        {"name": "fabric", "path": "/fabric", "type": "ip-fabric", "token": TOKEN},
+        {"name": "bracken", "path": "/bracken", "type": "bracken", "token": TOKEN},
+        {"name": "entrupy", "path": "/entrupy", "type": "entrupy", "token": TOKEN},
+        {
+            "name": "new",
+            "type": "new-central",
+            "token": TOKEN,
+            "public_url": "https://a.example:8443/new?x=y",
+        },
+        {
+            "name": "header",
+            "path": "/header",
+            "token": TOKEN,
+            "api_key": {"header": "X-Key", "value": ["K1", "K2"]},
+        },
+        {"name": "field", "path": "/field", "token": TOKEN, "api_key": {"field": "apiKey", "value": "K3"}},
+    ]
+
+    @classmethod
+    def setUpClass(cls):
+        cls.receiver = Receiver(config_of(webhook=cls.WEBHOOKS)).__enter__()
+        cls.addClassCleanup(cls.receiver.__exit__)
+
+    def url(self, path):
+        return f"http://127.0.0.1:{self.receiver.port}{path}"
+
+    def call(self, *arguments, config=None):
+        """Return exit code, stdout and stderr of main() with --send-sample."""
+        path = self.receiver.folder / "sender.json"
+        path.write_text(json.dumps(config or config_of(self.receiver.port, self.WEBHOOKS)))
+        path.chmod(0o600)
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            code = product.main(["-i", str(path), "--send-sample", *arguments])
+        self.assertNotIn(TOKEN, stdout.getvalue() + stderr.getvalue())
+        return code, stdout.getvalue(), stderr.getvalue()
+
+    def test_a_sample_of_every_type_is_accepted_at_the_configured_address(self):
+        for webhook in self.WEBHOOKS:
+            name = webhook["name"]
+            with self.subTest(name):
+                before = len(self.receiver.stdout_lines)
+                code, stdout, stderr = self.call("--webhook", name)
+                self.assertEqual((code, stderr), (0, ""))
+                self.assertRegex(stdout, r'\b200\b.*"ok".*\d+.*\n')
+                line = self.receiver.wait_for_stdout(before + 1)[-1]
+                found = json.loads(line)
+                self.assertEqual((found["webhook"], found["type"]), (name, webhook.get("type", "central")))
+                self.assertIsInstance(found["alert"], dict)
+                self.assertNotIn("K3", line)
+
+    def test_two_samples_are_two_deliveries(self):
+        for name in ("central", "fabric", "new"):
+            for _ in range(2):
+                code, stdout, _ = self.call("--webhook", name)
+                self.assertEqual(code, 0)
+                self.assertIn('"ok"', stdout)
+                time.sleep(0.002)
+
+    def test_a_url_can_be_given(self):
+        code, stdout, _ = self.call(self.url("/central"), "--webhook", "central")
+        self.assertEqual(code, 0)
+        self.assertIn("200", stdout)
+        code, stdout, stderr = self.call(self.url("/other"), "--webhook", "central")
+        self.assertEqual(code, 1)
+        self.assertIn("404", stdout + stderr)
+
+    def test_a_token_that_does_not_match_is_exit_code_1(self):
+        config = config_of(self.receiver.port, {"path": "/central", "token": "another"})
+        code, stdout, stderr = self.call(config=config)
+        self.assertEqual(code, 1)
+        self.assertIn("401", stdout + stderr)
+
+    def test_a_header_can_be_added(self):
+        webhook = {"name": "x", "path": "/header", "token": TOKEN}
+        config = config_of(self.receiver.port, webhook)
+        self.assertEqual(self.call(config=config)[0], 1)
+        self.assertEqual(self.call("--header", "X-Key: K2", config=config)[0], 0)
+        self.assertEqual(
+            self.call("--header", "X-Other: 1", "--header", "x-key:Bearer K2", config=config)[0], 0
+        )
+        self.assertEqual(self.call("--header", "X-Key: K3", config=config)[0], 1)
+
+    def test_without_a_server_it_is_one_line_and_exit_code_1(self):
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets it
+            port = unused.getsockname()[1]
+            self.receiver.folder.joinpath("nobody.json").write_text(json.dumps(config_of(port)))
+            self.receiver.folder.joinpath("nobody.json").chmod(0o600)
+            done = run_program(f"-i={self.receiver.folder / 'nobody.json'}", "--send-sample")
+        self.assertEqual((done.returncode, done.stdout), (1, b""))
+        self.assertRegex(done.stderr.decode(), rf"\Acentral_webhook_client\.py: error: .*{port}.*\n\Z")
+
+    def test_a_process_says_status_answer_and_time(self):
+        path = self.receiver.folder / "one.json"
+        path.write_text(json.dumps(config_of(self.receiver.port, self.WEBHOOKS[0])))
+        path.chmod(0o600)
+        done = run_program("-i", path, "--send-sample")
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertRegex(done.stdout.decode(), r'\A.*200.*"status": "ok".*\d+.*\n\Z')
+
+    def test_an_answer_of_the_server_cannot_move_the_cursor(self):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+
+            def answer():
+                connection, _ = server.accept()
+                with connection:
+                    connection.settimeout(10)
+                    while b"\r\n\r\n" not in connection.recv(65536):
+                        pass
+                    text = "\x1b[2J\u202e\r\n\x9b".encode()
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
+
+            thread = threading.Thread(target=answer, daemon=True)
+            thread.start()
+            code, stdout, _ = self.call(
+                f"http://127.0.0.1:{server.getsockname()[1]}/", "--webhook", "central"
+            )
+            thread.join(10)
+        self.assertEqual(code, 0)
+        self.assertNotRegex(stdout, HARMFUL)
+        self.assertEqual(stdout.count("\n"), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
