@@ -1503,6 +1503,7 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
 # ---- HTTP: strict parsing of a request --------------------------------------
 
 _REQUEST_LINE = re.compile(rf"{_TOKEN} [!-~]+ HTTP/[0-9]\.[0-9]".encode())
+_BARE_LF = re.compile(rb"(?<!\r)\n")
 _FIELD_BYTES = bytes({9, *range(0x20, 0x7F), *range(0x80, 0x100)})
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?")
 _CHUNK_EXTENSION = rf'[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
@@ -1517,7 +1518,7 @@ def parse_field_name(name: str) -> str:
     return name.lower()
 
 
-def parse_fields(fields: bytes) -> tuple[dict[str, str], list[str]]:
+def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     """Parse lines of fields, each ended with CRLF, into values by lower-case name, and the names that came again.
 
     Raises:
@@ -1530,15 +1531,15 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], list[str]]:
         raise Refusal("malformed", "a header field has control characters or a line without CRLF")
     if len(lines) > MAX_HEADER_FIELDS:
         raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
-    values: dict[str, str] = {}
-    repeated = []
-    for line in lines:
-        name, colon, value = line.partition(":")
-        name, value = parse_field_name(name if colon else ""), value.strip(" \t")
-        if name in values:
-            repeated.append(name)
-            value = f"{values[name]}, {value}"
-        values[name] = value
+    try:
+        pairs = [line.split(":", 1) for line in lines]
+        values = {parse_field_name(name): value.strip(" \t") for name, value in pairs}
+    except ValueError:
+        raise Refusal("malformed", "a header field has no colon") from None
+    names = [name.lower() for name, _ in pairs] if len(values) < len(pairs) else []
+    repeated = frozenset(name for name in names if names.count(name) > 1)
+    for name in repeated:
+        values[name] = ", ".join([pair[1].strip(" \t") for pair in pairs if pair[0].lower() == name])
     return values, repeated
 
 
@@ -1562,7 +1563,7 @@ def parse_head(head: bytes) -> Request:
     if target[0] != "/" and "://" in target:  # RFC 9112 section 3.2.2: the absolute form must be accepted
         target = re.sub("^[^:]+://[^/?]*/?", "/", target)
     path, mark, query = target.partition("?")
-    return Request(method, path, query if mark else None, version, headers, frozenset(repeated))
+    return Request(method, path, query if mark else None, version, headers, repeated)
 
 
 def parse_framing(request: Request, max_body_bytes: int) -> Optional[int]:
@@ -1677,7 +1678,6 @@ class Handler(BaseHTTPRequestHandler):
             if expects and length != 0:
                 self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = self.read_chunked(deadline) if length is None else self.read_body(length, deadline)
-            server.metrics.body_bytes += len(body)
             request = Request(*request[:6], body)
             if webhooks:
                 answer = server.accept(request, webhooks, time.time())
@@ -1688,9 +1688,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             return self.refuse(refusal, request, webhooks)
 
-    def reply(
-        self, request: Optional[Request], status: int, body: bytes, kind: str = JSON, *extra: str
-    ) -> bool:
+    def reply(self, request: Optional[Request], status: int, body: bytes, kind: str = JSON, *extra: str) -> bool:
         """Send a reply; return whether another request may follow. `request` is None where it could not be parsed."""
         options = request.headers.get("connection", "").lower() if request else "close"
         close = "close" in options or self.server.stopping or status >= 400 and status != 401
@@ -1708,7 +1706,7 @@ class Handler(BaseHTTPRequestHandler):
         """Log, count and answer a refusal; return whether the connection goes on, which it does after a 401."""
         server, (status, error) = self.server, REFUSALS[refusal.reason]
         name = refusal.webhook if refusal.webhook or len(webhooks) != 1 else webhooks[0].name
-        server.metrics.count(name, refusal.reason)
+        server.metrics.count(name, refusal.reason, len(request.body) if request else 0)
         if server.rejections.admit():
             hint = ""
             if request and refusal.reason == "signature":
@@ -1724,8 +1722,9 @@ class Handler(BaseHTTPRequestHandler):
         """Read up to the empty line and parse it."""
         if self.buffer.startswith(b"\r\n", self.start):  # RFC 9112 section 2.2: an empty line before a request
             self.start += 2
+        known = 0  # bytes that were looked through before: a sender may send them one by one
         while True:
-            end = self.buffer.find(b"\r\n\r\n", self.start)
+            end = self.buffer.find(b"\r\n\r\n", self.start + max(0, known - 3))
             line_end = self.buffer.find(b"\r\n", self.start) % (len(self.buffer) + 1)  # -1: all of it
             if line_end - self.start > MAX_REQUEST_LINE_BYTES:
                 raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
@@ -1734,8 +1733,9 @@ class Handler(BaseHTTPRequestHandler):
             if end >= 0:
                 head, self.start = self.buffer[self.start : end + 2], end + 4
                 return parse_head(head)
-            if re.search(rb"(?<!\r)\n", self.buffer[self.start :]):
+            if _BARE_LF.search(self.buffer, self.start + known):
                 raise Refusal("malformed", "a line ends without CR")
+            known = len(self.buffer) - self.start
             self.receive_more(deadline)
 
     def read_body(self, length: int, deadline: float) -> bytes:
@@ -1835,10 +1835,11 @@ class Metrics:
                     self.results.setdefault((name, result), 0)
             self.last_accepted = {**dict.fromkeys(names, 0.0), **self.last_accepted}
 
-    def count(self, name: str, result: str, moment: float = 0) -> None:
+    def count(self, name: str, result: str, body_bytes: int = 0, moment: float = 0) -> None:
         """Count a delivery; `moment` is when it was accepted."""
         with self.lock:
             self.results[name, result] += 1
+            self.body_bytes += body_bytes
             if moment:
                 self.last_accepted[name] = moment
 
@@ -2017,7 +2018,7 @@ class Receiver(ThreadingHTTPServer):
         try:
             check_age(proof.sent, webhook.replay_window_seconds, now)  # recent
             if not webhook.memory.claim(proof.keys):  # new
-                self.metrics.count(webhook.name, "duplicate")
+                self.metrics.count(webhook.name, "duplicate", len(request.body))
                 return b'{"status": "duplicate"}'
         except Refusal as refusal:
             refusal.webhook = webhook.name
@@ -2044,7 +2045,7 @@ class Receiver(ThreadingHTTPServer):
             raise Refusal(reason, detail, webhook.name) from None
         finally:
             webhook.memory.settle(proof.keys, kept=kept)
-        self.metrics.count(webhook.name, "accepted", now)
+        self.metrics.count(webhook.name, "accepted", len(request.body), now)
         return b'{"status": "ok"}'
 
     def name_old_token(self, webhook: Webhook, position: int) -> None:
