@@ -873,15 +873,16 @@ def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: in
         return next((escape_text(str(value)) for value in values if isinstance(value, (str, int)) and value != ""), "")
 
     severity, state = first("severity") or "-", first("state", "status") or "-"
-    about = [first("description", "summary", "reason")]
-    about += [f"[{text}]" for text in (first("device_id", "serial", "deviceType"), first("site", "siteId")) if text]
+    where = [first("device_id", "serial", "deviceType"), first("site", "siteId")]
+    about = [*(f"[{text}]" for text in where if text), first("description", "summary", "reason")]
+    narrow = 0 < columns < 100
     fields = [  # text, width, colour
-        (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(delivery.received_at)), 19, "2"),
+        (time.strftime("%H:%M:%S" if narrow else "%Y-%m-%d %H:%M:%S", time.localtime(delivery.received_at)), 0, "2"),
         (escape_text(delivery.webhook), name_width, "1"),
         (severity.upper(), 8, _COLOURS.get(severity.lower(), "")),
         (state, 7, _COLOURS.get(state.lower(), "")),
-        (first("alert_type", "name", "event", "type", "text") or "(no name)", 24, "1"),
-        ("  ".join(filter(None, about)), 0, ""),
+        (first("alert_type", "name", "event", "type", "text") or "(no name)", 0 if narrow else 24, "1"),
+        (" ".join(filter(None, about)), 0, ""),
     ]
     header, left = "", columns or sys.maxsize
     for text, width, code in fields:
