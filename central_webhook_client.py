@@ -884,17 +884,17 @@ def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: in
         (first("alert_type", "name", "event", "type", "text") or "(no name)", 0 if narrow else 24, "1"),
         (" ".join(filter(None, about)), 0, ""),
     ]
-    header, left = "", columns or sys.maxsize
+    header, left = [], columns or sys.maxsize
     for text, width, code in fields:
-        text = text.ljust(width)
-        text = text if len(text) <= left else text[: max(left - 1, 0)] + "…"[:left]
-        header += (f"\x1b[{code}m{text}\x1b[0m" if colour and code else text) + "  "
-        left = max(left - len(text) - 2, 0)
+        text = text.ljust(width) if len(text.ljust(width)) <= left else text[: left - 1] + "…"
+        if left > 0 and text:
+            header.append(f"\x1b[{code}m{text}\x1b[0m" if colour and code else text)
+            left -= len(text) + 2
     if delivery.text is None:
         shown = escape_text(delivery.body.decode(errors="backslashreplace"))
     else:
         shown = indent_json(delivery.text)
-    return header.rstrip() + "\n  " + shown.replace("\n", "\n  ") + "\n"
+    return "  ".join(header).rstrip() + "\n  " + shown.replace("\n", "\n  ") + "\n"
 
 
 Render = Optional[Callable[[Delivery], str]]  # how stdout shows a delivery; None: as JSON Lines
@@ -1563,6 +1563,8 @@ def parse_head(head: bytes) -> Request:
         raise Refusal("malformed", "Host is missing, malformed or there twice")
     if target[0] != "/" and "://" in target:  # RFC 9112 section 3.2.2: the absolute form must be accepted
         target = re.sub("^[^:]+://[^/?]*/?", "/", target)
+    if target[0] != "/":
+        raise Refusal("malformed", "the target of the request is no path")
     path, mark, query = target.partition("?")
     return Request(method, path, query if mark else None, version, headers, repeated)
 
@@ -1987,7 +1989,7 @@ class Receiver(ThreadingHTTPServer):
         peer = str(client_address[0]) if client_address else "localhost"
         if request and is_loopback(peer):
             with contextlib.suppress(ValueError):
-                forwarded = request.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+                forwarded = request.headers.get("x-forwarded-for", "").rpartition(",")[2].partition("%")[0].strip()
                 return str(ipaddress.ip_address(forwarded))
         return peer
 

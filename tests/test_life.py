@@ -66,8 +66,9 @@ class Senders:
         """Begin nothing new; return when all that was begun is settled."""
         self.stopping.set()
         self.deadline = min(self.deadline, time.monotonic() + seconds)
+        end = self.deadline + 10
         for thread in self.threads:
-            thread.join(seconds + 10)
+            thread.join(max(0.0, end - time.monotonic()))
 
     def wait_for_accepted(self, more, seconds=10):
         """Wait until so many more deliveries have got their 200."""

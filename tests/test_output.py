@@ -1,4 +1,4 @@
-"""What is written: alerts on stdout, everything else on stderr, and nothing a sender wrote does harm there."""
+"""What is written: alerts on stdout, all else on stderr, and nothing that a sender wrote does harm there."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ except ImportError:  # Windows
 # Control characters but for line feed, bidi controls, other separators of lines, surrogates, zero width.
 HARMFUL = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
+SIGNING_HEADERS = (
+    "X-Central-Signature",
+    "X-Central-Service",
+    "X-Central-Delivery-ID",
+    "X-Central-Delivery-Timestamp",
 )
 COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
@@ -291,7 +297,7 @@ def delivery(body, **changes):
     try:
         json.loads(body)
         text = body.decode()
-    except ValueError:
+    except (ValueError, RecursionError):
         text = None
     found = {
         "received_at": 1795293312.123,
@@ -411,10 +417,10 @@ class Pretty(unittest.TestCase):
                 self.assertIn("noc", text.partition("\n")[0])
                 self.assertEqual(json.loads(text.partition("\n")[2]), payload)
         deep = b"[" * 100000 + b"]" * 100000
-        text = product.render_pretty(delivery(b"x", body=deep, text=deep.decode()), 80, False, 3)
+        text = product.render_pretty(delivery(deep, text=deep.decode()), 80, False, 3)
         self.assertEqual(text.count("["), 100000)
         number = b'{"severity":' + b"9" * 5000 + b"}"
-        text = product.render_pretty(delivery(b"x", body=number, text=number.decode()), 80, False, 3)
+        text = product.render_pretty(delivery(number, text=number.decode()), 80, False, 3)
         self.assertIn("9" * 5000, text)
 
 
@@ -477,8 +483,8 @@ class PrettyProcess(unittest.TestCase):
 # ---- stderr ------------------------------------------------------------------------------
 
 
-class Rejections(unittest.TestCase):
-    """One WARNING for each rejection, with peer, webhook, reason, and a hint."""
+class LogTestCase(unittest.TestCase):
+    """Looks at the lines for rejections, and that none of them holds a secret."""
 
     SECRETS = (TOKEN, "body-marker")
 
@@ -502,7 +508,7 @@ class Rejections(unittest.TestCase):
                     self.assertNotIn(secret, line)
 
     def rejected(self, receiver, raw, *patterns, status=401):
-        """Send until it has a line of its own, which the limit of lines a second may delay; return that line."""
+        """Send until it has a line of its own, which the limit of lines a second may delay; return it."""
         self.signatures.update(
             match[1].decode() for match in re.finditer(rb"Signature: (?:sig1=)?:?([^:\r]{20,})", raw)
         )
@@ -511,7 +517,7 @@ class Rejections(unittest.TestCase):
             before = len(receiver.stderr_lines)
             self.assertEqual(receiver.request(raw).status, status)
             with contextlib.suppress(AssertionError):
-                line = receiver.wait_for_log(r" WARNING .*\b%d\b" % status, 1, before)
+                line = receiver.wait_for_log(r" WARNING .*\b%d\b" % status, 0.3, before)
                 break
             self.assertLess(time.monotonic(), end, "no line in the log")
         for pattern in patterns:
@@ -520,6 +526,10 @@ class Rejections(unittest.TestCase):
 
     def body(self):
         return new_body(text="body-marker")
+
+
+class Rejections(LogTestCase):
+    """One WARNING for each rejection, with peer, webhook and reason."""
 
     def test_a_rejection_is_one_line_with_peer_webhook_and_reason(self):
         receiver = self.receiver()
@@ -576,7 +586,8 @@ class Rejections(unittest.TestCase):
         good = central_headers(b"{}")
         for status, raw in (
             (404, raw_request(path="/%0a%0d2026-01-01T00:00:00Z%20WARNING%20forged")),
-            (405, raw_request("FORGED'\"|", headers={"X-Forwarded-For": "\x85\x9b2J"})),
+            (404, raw_request(path="/x", headers={"X-Forwarded-For": "fe80::1%\x85\x9b31m\xad"})),
+            (405, raw_request("FORGED'|`", headers={"X-Forwarded-For": "\x85\x9b2J"})),
             (
                 401,
                 raw_request(headers={**good, "X-Central-Service": "\x85\x9b2J\t\xa0\xad"}, body=b"\n\x1b[2J"),
@@ -611,18 +622,38 @@ class Rejections(unittest.TestCase):
         self.assertLessEqual(len(single), 10 * seconds)
         self.assertGreater(found, 0)
 
-    # Hints
+
+class Hints(LogTestCase):
+    """The line of a rejection says more where more is known."""
+
+    @classmethod
+    def setUpClass(cls):
+        url = "https://central.example.com/new"
+        cls.shared = Receiver(
+            config_of(
+                webhook=[
+                    {"name": "noc", "path": PATH, "token": TOKEN},
+                    {"name": "new", "type": "new-central", "token": TOKEN, "public_url": url},
+                    {
+                        "name": "keyed",
+                        "path": "/keyed",
+                        "token": TOKEN,
+                        "api_key": {"header": "X-Key", "value": "right-key-1"},
+                    },
+                ]
+            )
+        ).__enter__()
+        cls.addClassCleanup(cls.shared.__exit__)
+
+    def setUp(self):
+        super().setUp()
+        self.receivers.append(self.shared)
 
     def test_the_missing_header_is_named(self):
         receiver = self.receiver()
         body = self.body()
         headers = central_headers(body)
-        for name in (
-            "X-Central-Signature",
-            "X-Central-Service",
-            "X-Central-Delivery-ID",
-            "X-Central-Delivery-Timestamp",
-        ):
+        for name in SIGNING_HEADERS:
             for changed in (
                 {**headers, name: ""},
                 {key: value for key, value in headers.items() if key != name},
@@ -630,17 +661,18 @@ class Rejections(unittest.TestCase):
                 with self.subTest(name):
                     line = self.rejected(receiver, raw_request(headers=changed, body=body), "(?i)missing")
                     self.assertIn(name.lower(), line.lower())
-                    others = [one for one in headers if one.startswith("X-Central-S") and one != name]
-                    self.assertFalse([one for one in others if one.lower() + "," in line.lower()])
+                    for other in SIGNING_HEADERS:
+                        if other != name:
+                            self.assertNotIn(other.lower(), line.lower())
 
     def test_a_clock_that_is_off_is_named_with_by_how_much(self):
-        receiver = self.receiver()
+        receiver = self.shared
         body = self.body()
         raw = raw_request(headers=central_headers(body, timestamp=now_stamp(3 * 3600 + 60)), body=body)
-        self.rejected(receiver, raw, "(?i)clock", r"3:0[01]|3\.0\d? ?h|108\d\d")
+        self.rejected(receiver, raw, "(?i)clock", r"3:0[01]|3\.0\d? ?h|18[01] min|108\d\d")
 
     def test_a_time_stamp_that_is_not_understood_is_named(self):
-        receiver = self.receiver()
+        receiver = self.shared
         body = self.body()
         raw = raw_request(headers=central_headers(body, timestamp="yesterday"), body=body)
         self.rejected(receiver, raw, "(?i)time ?stamp|time|timestamp", "understood")
@@ -660,13 +692,13 @@ class Rejections(unittest.TestCase):
         self.assertNotIn("token-new", line)
 
     def test_a_token_with_a_line_feed_is_named(self):
-        receiver = self.receiver()
+        receiver = self.shared
         body = self.body()
         raw = raw_request(headers=central_headers(body, token=TOKEN + "\n"), body=body)
         self.rejected(receiver, raw, "(?i)token", "(?i)white space|line feed|newline")
 
     def test_a_signature_over_the_body_alone_is_named(self):
-        receiver = self.receiver()
+        receiver = self.shared
         body = self.body()
         signature = base64.b64encode(sign(body, TOKEN)).decode()
         for headers in (
@@ -676,7 +708,7 @@ class Rejections(unittest.TestCase):
             self.rejected(receiver, raw_request(headers=headers, body=body), "(?i)body alone", "(?i)prox")
 
     def test_new_central_at_a_webhook_of_classic_central_is_named(self):
-        receiver = self.receiver()
+        receiver = self.shared
         headers = {
             "Date": "Tue, 12 Aug 2025 01:50:03 GMT",
             "Signature-Input": 'sig1=("@method" "@target-uri" "date");created=1754963403',
@@ -685,14 +717,12 @@ class Rejections(unittest.TestCase):
         self.rejected(receiver, raw_request(headers=headers, body=self.body()), "new Central", "new-central")
 
     def test_classic_central_at_a_webhook_of_new_central_is_named(self):
-        url = "https://central.example.com/centralwebhook"
-        webhook = {"name": "noc", "type": "new-central", "token": TOKEN, "public_url": url}
-        receiver = self.receiver(config_of(webhook=webhook))
         body = self.body()
-        self.rejected(receiver, raw_request(headers=central_headers(body), body=body), "(?i)classic Central")
+        raw = raw_request(path="/new", headers=central_headers(body), body=body)
+        self.rejected(self.shared, raw, "(?i)classic Central")
 
     def test_a_body_that_a_proxy_has_spelled_anew_is_named(self):
-        receiver = self.receiver()
+        receiver = self.shared
         payload = {"text": "body-marker", "n": [1, 2], "e": "\xe9"}
         compact = json.dumps(payload, separators=(",", ":"), ensure_ascii=False).encode()
         for body, sent in (
@@ -733,24 +763,19 @@ class Rejections(unittest.TestCase):
         self.assertEqual(receiver.deliver().status, 200)
         self.assertEqual(len(receiver.wait_for_stdout(before + 1)), before + 1)
 
-    def test_wrong_api_keys_and_access_tokens_are_not_logged(self):
-        webhook = {
-            "name": "noc",
-            "path": PATH,
-            "token": TOKEN,
-            "api_key": {"header": "X-Key", "value": "right-key-1"},
-        }
-        receiver = self.receiver(config_of(webhook=webhook))
+    def test_a_wrong_api_key_is_not_logged(self):
         body = self.body()
         for value in ("wrong-key-2", "", None):
             headers = {**central_headers(body), **({"X-Key": value} if value is not None else {})}
-            line = self.rejected(receiver, raw_request(headers=headers, body=body), "(?i)x-key")
+            raw = raw_request(path="/keyed", headers=headers, body=body)
+            line = self.rejected(self.shared, raw, "(?i)x-key")
             self.assertNotIn("right-key-1", line)
             self.assertNotIn("wrong-key-2", line)
         for value in ("right-key-1", "Bearer right-key-1", "ApiKey right-key-1"):
             body = new_body()
-            self.assertEqual(receiver.post(body, {**central_headers(body), "X-Key": value}).status, 200)
-        self.assertFalse([line for line in receiver.stderr_lines if "right-key-1" in line])
+            headers = {**central_headers(body), "X-Key": value}
+            self.assertEqual(self.shared.post(body, headers, "/keyed").status, 200)
+        self.assertFalse([line for line in self.shared.stderr_lines if "right-key-1" in line])
 
 
 # ---- --demo and --send-sample -------------------------------------------------------------------

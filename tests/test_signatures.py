@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
 import hashlib
 import hmac
 import json
@@ -380,7 +382,13 @@ def message(signed, body=b"{}", method="POST", path="/centralwebhook", query=Non
     }
     fields = {name: value for name, value in fields.items() if value is not None}
     return product.Request(
-        method=method, path=path, query=query, version="1.1", headers=fields, repeated=frozenset(), body=body
+        method=method,
+        path=path,
+        query=query,
+        version="HTTP/1.1",
+        headers=fields,
+        repeated=frozenset(),
+        body=body,
     )
 
 
@@ -661,7 +669,7 @@ class NewCentral(unittest.TestCase):
         }
         self.assertEqual(self.verify(message({}, **fields))[0], 0)
 
-    def test_what_is_not_strictly_a_structured_field_is_refused_though_it_is_signed_as_written(self):
+    def test_what_is_not_strictly_a_structured_field_is_refused_however_it_is_signed(self):
         tail = '"@method" "@target-uri" "date"'
         for text in (
             f'("@method""@target-uri" "date"){CREATED}',
@@ -704,6 +712,7 @@ class NewCentral(unittest.TestCase):
             digest = hmac.new(KEY.encode(), "\n".join(lines).encode("latin-1"), hashlib.sha256).digest()
             with self.subTest(text):
                 self.assert_refused(message({"sig1": (text, f":{base64.b64encode(digest).decode()}:")}))
+                self.assert_refused(message({"sig1": (text, member()[1])}))
 
     def test_a_malformed_label_or_separator_is_refused(self):
         given, signature = member()
@@ -1011,20 +1020,20 @@ DIGEST_INFO = {  # RFC 8017 section 9.2, note 1
 }
 RSA_KEY = product.RsaKey(kid="k1", algorithm="", n=N, e=65537)
 A2_N = (  # RFC 7515 appendix A.2
-    "ofgWCuLjybRlzo0tZWJjNiuSfb4p4fAkd_wWJcyQoTbji9k0l8W26mPddxHmfHQp-Vaw-4qPCJrcS2mJPMEzP1Pt0Bm4d4QlL-yRT-SFd2lZ"
-    "S-pCgNMsD1W_YpRPEwOWvG6b32690r2jZ47soMZo9wGzjb_7OMg0LOL-bSf63kpaSHSXndS5z5rexMdbBYUsLA9e-KXBdQOS-UTo7WTBEMa2"
-    "R2CapHg665xsmtdVMTBQY4uDZlxvb3qCo5ZwKh9kG4LT6_I5IhlJH7aGhyxXFvUK-DWNmoudF8NAco9_h9iaGNj8q2ethFkMLs91kzk2PAcD"
-    "TW9gb54h4FRWyuXpoQ"
+    "ofgWCuLjybRlzo0tZWJjNiuSfb4p4fAkd_wWJcyQoTbji9k0l8W26mPddxHmfHQp-Vaw-4qPCJrcS2mJPMEzP1Pt0Bm4d4Ql"
+    "L-yRT-SFd2lZS-pCgNMsD1W_YpRPEwOWvG6b32690r2jZ47soMZo9wGzjb_7OMg0LOL-bSf63kpaSHSXndS5z5rexMdbBYUs"
+    "LA9e-KXBdQOS-UTo7WTBEMa2R2CapHg665xsmtdVMTBQY4uDZlxvb3qCo5ZwKh9kG4LT6_I5IhlJH7aGhyxXFvUK-DWNmoud"
+    "F8NAco9_h9iaGNj8q2ethFkMLs91kzk2PAcDTW9gb54h4FRWyuXpoQ"
 )
 A2_SIGNED = (
-    "eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0"
-    "cnVlfQ"
+    "eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9"
+    "pc19yb290Ijp0cnVlfQ"
 )
 A2_SIGNATURE = (
-    "cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2Fp5jujGbds9uJdbF9CU"
-    "Ar7t1dnZcAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe7K0GarZRmB_eSN9383LcOLn6_d"
-    "O--xi12jzDwusC-eOkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgGY9Fs98rqVt5AXLIhWkWywlVmtVrBp0ig"
-    "cN_IoypGlUPQGe77Rw"
+    "cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2Fp5jujG"
+    "bds9uJdbF9CUAr7t1dnZcAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe7K"
+    "0GarZRmB_eSN9383LcOLn6_dO--xi12jzDwusC-eOkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6"
+    "LbgGY9Fs98rqVt5AXLIhWkWywlVmtVrBp0igcN_IoypGlUPQGe77Rw"
 )
 
 
@@ -1039,6 +1048,7 @@ def encoded_block(signed, algorithm="RS256"):
     return b"\0\1" + b"\xff" * (254 - len(tail)) + tail
 
 
+@functools.lru_cache(maxsize=None)
 def rsa_private(block):
     """Apply the private key to a block (RFC 8017 section 5.1.2, with the Chinese remainder theorem)."""
     number = int.from_bytes(block, "big")
@@ -1081,7 +1091,7 @@ class AccessTokens(unittest.TestCase):
             method="POST",
             path="/",
             query=None,
-            version="1.1",
+            version="HTTP/1.1",
             headers=headers,
             repeated=frozenset(repeated),
             body=b"",
@@ -1215,6 +1225,18 @@ class AccessTokens(unittest.TestCase):
         }.items():
             with self.subTest(what):
                 self.refusal(f"{head}.{changed}.{signature}")
+
+    def test_a_signature_that_is_not_below_the_modulus_is_refused(self):
+        """RFC 8017 section 5.2.2: the modulus added makes another spelling of the same signature."""
+
+        def add(signed):
+            return (int.from_bytes(rsa_sign(signed), "big") + N).to_bytes(256, "big")
+
+        for seconds in range(100):
+            with contextlib.suppress(OverflowError):  # the sum must fit into as many bytes
+                self.refusal(jwt(exp=NOW + 600 + seconds, signature=add))
+                return
+        self.fail("no signature is small enough")
 
     def test_a_signature_block_with_other_padding_is_refused(self):
         def signer(change):

@@ -386,6 +386,7 @@ class MintedTokenTest(unittest.TestCase):
             ("exp is an object", mint(key, "one", exp={})),
             ("not yet valid", mint(key, "one", nbf=now + 120)),
             ("nbf is a string", mint(key, "one", nbf="0")),
+            ("nbf is true", mint(key, "one", nbf=True)),
             ("another issuer", mint(key, "one", iss=self.provider.issuer + "x")),
             ("no issuer", mint(key, "one", iss=...)),
             ("another audience", mint(key, "one", aud=AUDIENCE + "/x")),
@@ -518,34 +519,44 @@ class BadProviderTest(unittest.TestCase):
                     )
                     self.assert_unavailable(provider)
 
-    def test_a_discovery_document_cannot_lead_to_plain_http_elsewhere_or_to_a_file(self):
-        for url in (
-            "http://192.0.2.1/jwks",
-            "file:///etc/passwd",
-            "ftp://127.0.0.1/jwks",
-            "//localhost/jwks",
-            "data:,{}",
-        ):
-            with self.subTest(url):
-                provider = FakeProvider()
-                provider.publish(jwk_of(new_key(), "one"), jwks_uri=url)
-                self.assert_unavailable(provider)
+    def test_a_discovery_document_cannot_lead_to_plain_http_elsewhere_or_to_what_is_no_web_at_all(self):
+        keys = json.dumps({"keys": [jwk_of(new_key(), "one")]})
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            file.write(keys)
+            file.flush()
+            for url in (
+                "http://0.0.0.0:{port}/jwks",  # leads here, but is no loopback address
+                f"file://{file.name}",
+                "data:application/json," + urllib.parse.quote(keys),
+                "//localhost:{port}/jwks",
+                "/jwks",
+            ):
+                with self.subTest(url[:20]):
+                    provider = FakeProvider()
+                    port = provider.server.server_address[1]
+                    provider.publish(jwk_of(new_key(), "one"), jwks_uri=url.replace("{port}", str(port)))
+                    self.assertEqual([FakeProvider.DISCOVERY], self.assert_unavailable(provider))
 
     def test_a_document_without_end_is_given_up_in_time(self):
         for pause, part in ((0.2, b" "), (0, b" " * 65536)):
             with self.subTest(pause=pause):
-                stop = threading.Event()
+                stop, given_up = threading.Event(), threading.Event()
                 self.addCleanup(stop.set)
 
-                def write(handler, stop=stop, pause=pause, part=part):
+                def write(handler, stop=stop, given_up=given_up, pause=pause, part=part):
                     handler.send_response(200)
                     handler.end_headers()
-                    while not stop.wait(pause):
-                        handler.wfile.write(part)
+                    try:
+                        while not stop.wait(pause):
+                            handler.wfile.write(part)
+                    except OSError:
+                        given_up.set()
 
-                provider = FakeProvider()
-                provider.answers[FakeProvider.DISCOVERY] = write
-                self.assert_unavailable(provider, seconds=8.0)
+                with FakeProvider() as provider, receiver_for(provider.well_known_url) as receiver:
+                    provider.answers[FakeProvider.DISCOVERY] = write
+                    answer = deliver(receiver, provider.mint(new_key(), "one"))
+                    self.assertEqual(503, answer.status)
+                    self.assertTrue(given_up.wait(PAUSE_SECONDS), "the receiver still reads")
 
     def test_a_provider_that_is_slow_holds_up_only_those_who_need_its_keys(self):
         stop = threading.Event()
