@@ -2403,8 +2403,9 @@ def start(config: Config, path: str, render: Render) -> int:
     if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
         # One thread at a time runs Python, and handing the interpreter lock to another processor costs more than all
         # the work of a delivery: half of the processor time, also beside a busy neighbour.
-        processors = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+        with contextlib.suppress(OSError):  # where that is not allowed, it is slower
+            processors = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
     try:
         outputs = Outputs(config.log_file, config.request_timeout_seconds)
         if config.log_file:

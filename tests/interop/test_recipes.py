@@ -1,4 +1,4 @@
-"""The recipes of README.md with the real tools. The commands are taken from its text; only paths and ports are replaced."""
+"""The recipes of README.md with the real tools, taken from its text: only paths and ports are replaced."""
 
 from __future__ import annotations
 
@@ -38,9 +38,14 @@ class RecipeTest(unittest.TestCase):
         command = ["sh", "-c", command] if isinstance(command, str) else command
         with (self.folder / (stdout or "output")).open("ab") as output:
             process = subprocess.Popen(
-                command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})}, start_new_session=True,
-            )  # fmt: skip
+                command,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
         self.addCleanup(self.end, process)
         return process
 
@@ -58,9 +63,14 @@ class RecipeTest(unittest.TestCase):
     def run_shell(self, command, environment=None):
         """Run a line for the shell to its end."""
         done = subprocess.run(
-            ["sh", "-c", command], cwd=self.folder, env={**os.environ, **(environment or {})},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
-        )  # fmt: skip
+            ["sh", "-c", command],
+            cwd=self.folder,
+            env={**os.environ, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
         self.assertEqual(0, done.returncode, done.stdout)
         return done.stdout
 
@@ -98,9 +108,10 @@ class PipeTest(RecipeTest):
         for body in (
             new_body(severity="Critical", description="one"),
             new_body(severity="Minor", description="two"),
-            b"[1]", b"no JSON",
+            b"[1]",
+            b"no JSON",
             new_body(severity="Critical", description="three"),
-        ):  # fmt: skip
+        ):
             self.assertEqual(200, running.deliver(body).status)
         picked = deadline_poll(
             lambda: self.read("picked").count("\n") > 1 and self.read("picked").splitlines()
@@ -158,7 +169,7 @@ class ChatTest(RecipeTest):
         )
 
     def wait_for_tail(self, receiver, received):
-        """Deliver until something arrives, since tail begins at the end of the file; wait until all of that has come."""
+        """Deliver until something arrives (tail begins at the end), and until all of that has come."""
         sent = []
 
         def arrives():
@@ -206,15 +217,28 @@ class QueueTest(RecipeTest):
         (folder / "env").touch()
         (folder / "plugins").write_text("[].\n")
         self.spawn([epmd, "-port", str(mapper), "-address", "127.0.0.1"])
-        names = {"CONF_ENV_FILE": "env", "MNESIA_BASE": "mnesia", "LOG_BASE": "log", "GENERATED_CONFIG_DIR": "generated",
-                 "ENABLED_PLUGINS_FILE": "plugins", "PID_FILE": "pid", "CONFIG_FILE": "rabbitmq"}  # fmt: skip
+        names = {
+            "CONF_ENV_FILE": "env",
+            "MNESIA_BASE": "mnesia",
+            "LOG_BASE": "log",
+            "GENERATED_CONFIG_DIR": "generated",
+            "ENABLED_PLUGINS_FILE": "plugins",
+            "PID_FILE": "pid",
+            "CONFIG_FILE": "rabbitmq",
+        }
         environment = {f"RABBITMQ_{name}": str(folder / path) for name, path in names.items()}
         environment.update(
-            HOME=str(folder), ERL_EPMD_PORT=str(mapper), ERL_EPMD_ADDRESS="127.0.0.1", RUNNING_UNDER_SYSTEMD="1",
-            RABBITMQ_LOGS="-", RABBITMQ_NODENAME="recipes@localhost", RABBITMQ_NODE_IP_ADDRESS="127.0.0.1",
-            RABBITMQ_NODE_PORT=str(port), RABBITMQ_DIST_PORT=str(distribution),
+            HOME=str(folder),
+            ERL_EPMD_PORT=str(mapper),
+            ERL_EPMD_ADDRESS="127.0.0.1",
+            RUNNING_UNDER_SYSTEMD="1",
+            RABBITMQ_LOGS="-",
+            RABBITMQ_NODENAME="recipes@localhost",
+            RABBITMQ_NODE_IP_ADDRESS="127.0.0.1",
+            RABBITMQ_NODE_PORT=str(port),
+            RABBITMQ_DIST_PORT=str(distribution),
             RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="-kernel inet_dist_use_interface {127,0,0,1} +S 1:1",
-        )  # fmt: skip
+        )
         broker = self.spawn([str(server)], "broker.log", environment)
 
         def is_up():
@@ -257,12 +281,16 @@ class RsyslogTest(RecipeTest):
     def test_the_second_host_gets_the_same_lines_across_a_rotation(self):
         rsyslogd = parts.need_program("rsyslogd")
         (port,) = parts.free_ports(1)
-        first, second = (block("conf", f'global(maxMessageSize="8m")\nmodule(load="{name}")', RECIPES)
-                         for name in ("imfile", "imtcp"))  # fmt: skip
+        first, second = (
+            block("conf", f'global(maxMessageSize="8m")\nmodule(load="{name}")', RECIPES)
+            for name in ("imfile", "imtcp")
+        )
         for old, new in (
-            (LOG, str(self.folder / "central.jsonl")), ("second.example.com", "127.0.0.1"),
-            ('Port="10514"', f'Port="{port}"'), ("/var/log/central.jsonl", str(self.folder / "copy.jsonl")),
-        ):  # fmt: skip
+            (LOG, str(self.folder / "central.jsonl")),
+            ("second.example.com", "127.0.0.1"),
+            ('Port="10514"', f'Port="{port}"'),
+            ("/var/log/central.jsonl", str(self.folder / "copy.jsonl")),
+        ):
             self.assertIn(old, first + second)
             first, second = first.replace(old, new), second.replace(old, new)
         second = second.replace('type="imtcp"', 'type="imtcp" Address="127.0.0.1"')
@@ -281,10 +309,13 @@ class RsyslogTest(RecipeTest):
         for number in range(3):
             self.assertEqual(200, receiver.deliver(new_body(description="é\t\"'\\")).status)
             lines += self.log_lines()
-            deadline_poll(lambda: self.read("copy.jsonl").splitlines() == lines, 30, "the copy differs")
+            self.wait_for_copy(lines)
             (self.folder / "central.jsonl").rename(self.folder / f"central.jsonl.{number}")
             receiver.process.send_signal(signal.SIGHUP)
             deadline_poll((self.folder / "central.jsonl").exists)
+
+    def wait_for_copy(self, lines):
+        deadline_poll(lambda: self.read("copy.jsonl").splitlines() == lines, 30, "the copy differs")
 
     @staticmethod
     def answers(port):
