@@ -46,6 +46,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -87,9 +88,11 @@ MAX_FUTURE_SECONDS = 15 * 60  # a sender's clock may be this much ahead
 REMEMBERED_DELIVERIES = 100_000  # of each webhook
 REJECTION_LINES_PER_SECOND = 10
 MAX_LABELS = 4  # signatures tried in one Signature header
+MAX_COMPONENTS = 32  # covered by one of them
+MAX_QUERY_PARAMETERS = 100  # looked through for a covered one
 PROVIDER_SECONDS = 5.0  # an OIDC provider's answer, and the pause between two questions is twice that
 MAX_PROVIDER_BYTES = 512 * 1024
-PROVIDER_KEYS_SECONDS = 3600.0  # a key that the provider has withdrawn is trusted no longer than this
+PROVIDER_KEYS_SECONDS = 3600.0  # after this the provider is asked again, in case it has withdrawn a key
 MAX_KEYS_TRIED = 16
 MIN_RSA_BITS, MAX_RSA_BITS = 2048, 16384
 TOKEN_LEEWAY_SECONDS = 60
@@ -472,9 +475,10 @@ def component_value(request: Request, component: Item, url: PublicUrl, target: s
     if component.parameters:
         value = None
         if name == "@query-param" and list(component.parameters) == ["name"]:
-            pairs = urllib.parse.parse_qsl(query[1:], keep_blank_values=True)
-            found = [encode_query(v) for k, v in pairs if encode_query(k) == component.parameters["name"].value]
-            value = found[0] if len(found) == 1 else None
+            with contextlib.suppress(ValueError):  # more than so many parameters
+                pairs = urllib.parse.parse_qsl(query[1:], keep_blank_values=True, max_num_fields=MAX_QUERY_PARAMETERS)
+                found = [encode_query(v) for k, v in pairs if encode_query(k) == component.parameters["name"].value]
+                value = found[0] if len(found) == 1 else None
     if value is None:
         raise SignatureError(f"the covered component {component} is missing or not supported")
     return value
@@ -499,8 +503,8 @@ def check_coverage(covered: Item, now: float) -> None:
     if not isinstance(covered.value, list) or not all(isinstance(item.value, str) for item in covered.value):
         raise SignatureError("a member of signature-input is no list of strings")
     names, values = {str(item)[1:-1] for item in covered.value}, {k: v.value for k, v in covered.parameters.items()}
-    if len(names) < len(covered.value):
-        raise SignatureError("a component is covered twice")
+    if len(names) < len(covered.value) or len(names) > MAX_COMPONENTS:
+        raise SignatureError(f"a component is covered twice, or more than {MAX_COMPONENTS} are")
     for name, value in values.items():
         if not isinstance(value, _SIGNATURE_PARAMETERS.get(name, ())):
             raise SignatureError(f"the signature parameter {name!r} is unknown or of the wrong type")
@@ -786,7 +790,7 @@ class Memory:
         """End what `claim` began: remember the delivery if it was kept."""
         with self.lock:
             self.pending.difference_update(keys)
-            if kept and keys:
+            if kept and keys and self.seen.isdisjoint(keys):
                 self.seen.update(keys)
                 self.order.append(keys)
                 if len(self.order) > REMEMBERED_DELIVERIES:
@@ -921,14 +925,20 @@ class Outputs:
         self.waiting: collections.deque[Entry] = collections.deque()
         self.torn = b""  # the rest of a line that stdout has taken half of: it goes first
         self.failing = ""  # why, while the last attempt has failed
+        self.started = math.inf  # monotonic seconds, while one is under way
         self.gone = threading.Event()  # nobody reads stdout any more
         try:
             can_block = not stat.S_ISREG(os.fstat(STDOUT).st_mode)
         except OSError as error:
             raise OutputError(f"stdout: {error.strerror}") from None
+        self.stdout = STDOUT
+        if os.isatty(STDOUT) and hasattr(os, "ttyname"):
+            # "Ready" says little of a terminal. Opened anew it can be non-blocking, which the shell's own must not be.
+            with contextlib.suppress(OSError):
+                self.stdout = os.open(os.ttyname(STDOUT), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
         self.poll = select.poll() if can_block and hasattr(select, "poll") else None
         if self.poll:
-            self.poll.register(STDOUT, select.POLLOUT)
+            self.poll.register(self.stdout, select.POLLOUT)
         self.cut_to: Optional[int] = None
         self.log = open_log(log_file) if log_file else None
 
@@ -943,8 +953,7 @@ class Outputs:
         if not self.turn.acquire(timeout=self.patience_seconds):
             try:
                 self.waiting.remove(entry)
-                self.failing = f"stuck for {self.patience_seconds:g} s"
-                raise OutputError(self.failing)
+                raise OutputError(f"stuck for {self.patience_seconds:g} s")
             except ValueError:  # it is being written at this moment, so the outcome is not ours to decide
                 self.turn.acquire()
         try:
@@ -952,15 +961,22 @@ class Outputs:
                 self.write_waiting()
         finally:
             self.turn.release()
-        if entry.failure:
-            raise OutputError(entry.failure)
+        if entry.failure != "":
+            raise OutputError(entry.failure or "not written")
+
+    def has_failed(self) -> bool:
+        """Tell whether the last attempt has failed, or the present one takes too long."""
+        return bool(self.failing) or time.monotonic() - self.started > self.patience_seconds
 
     def write_waiting(self) -> None:
         """Write all that waits, as one batch that succeeds or fails as a whole. Needs `turn`."""
-        batch = []
-        while self.waiting:
-            batch.append(self.waiting.popleft())
-        failure = "not written"
+        batch: list[Entry] = []
+        with contextlib.suppress(IndexError):  # until nobody waits; who gives up takes its entry away meanwhile
+            while True:
+                batch.append(self.waiting.popleft())
+        if not batch:
+            return
+        failure, self.started = "not written", time.monotonic()
         try:
             self.write_stdout(b"".join([entry.shown for entry in batch]), batch[0].deadline)
             if self.log is not None:
@@ -971,7 +987,7 @@ class Outputs:
         finally:
             if failure != self.failing:
                 LOG.log(logging.ERROR if failure else logging.INFO, "output: %s", failure or "works again")
-            self.failing = failure
+            self.failing, self.started = failure, math.inf
             for entry in batch:
                 entry.failure = failure
 
@@ -984,7 +1000,12 @@ class Outputs:
                 wait = max(0, int(1000 * (deadline - time.monotonic())))
                 if self.poll and not self.poll.poll(wait):
                     raise OutputError(f"stdout: its reader has taken nothing for {self.patience_seconds:g} s")
-                start += os.write(STDOUT, data[start : start + size])
+                try:
+                    start += os.write(self.stdout, data[start : start + size])
+                except BlockingIOError:
+                    if not wait:
+                        raise OutputError("stdout: its reader is too slow") from None
+                    time.sleep(0.01)
         except OSError as error:
             if error.errno == errno.EPIPE or self.poll and error.errno in (errno.EIO, errno.ECONNRESET):
                 self.gone.set()
@@ -1050,7 +1071,9 @@ def open_log(path: str) -> int:
                     directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
                     os.fsync(directory)
                     os.close(directory)
-            half = next(lines_from_end(path))
+            half, *lines = itertools.islice(lines_from_end(path), 2)
+            if half and not lines and not half.startswith(_LOG_START[: len(half)]):
+                raise OutputError(f"{path}: holds something else than deliveries, so nothing is appended to it")
             if half:
                 os.ftruncate(log, os.fstat(log).st_size - len(half))
                 LOG.warning("%s: cut off a half line of %d bytes at its end", path, len(half))
@@ -1062,6 +1085,9 @@ def open_log(path: str) -> int:
         raise OutputError(f"{path}: another receiver writes to it") from None
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}") from None
+
+
+_LOG_START = b'{"received_at": "'
 
 
 def lines_from_end(path: str) -> Iterator[bytes]:
@@ -1085,18 +1111,33 @@ def lines_from_end(path: str) -> Iterator[bytes]:
 _LOG_LINE = re.compile(rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}')
 
 
-def load_memories(path: str, memories: Mapping[str, Memory]) -> int:
-    """Fill empty memories, by the name of the webhook, from the end of a log; return how many deliveries."""
-    found: dict[bytes, list[tuple[bytes, ...]]] = {json.dumps(name).encode(): [] for name in memories}
-    for line in itertools.islice(lines_from_end(path), 1 + REMEMBERED_DELIVERIES * len(memories)):
-        match = _LOG_LINE.fullmatch(line)
-        entries = found.get(match[1]) if match else None
-        if match and entries is not None and len(entries) < REMEMBERED_DELIVERIES:
+def load_memories(path: str, webhooks: Sequence[Webhook], now: float) -> int:
+    """Fill the memories of webhooks from the end of a log; return how many deliveries were found.
+
+    Reads back until each has its REMEMBERED_DELIVERIES, or only older ones than its replay window lets through.
+    """
+    found: dict[bytes, list[tuple[bytes, ...]]] = {}
+    since: dict[bytes, bytes] = {}  # the webhooks that still want more, and from when on (as in received_at)
+    for webhook in webhooks:
+        if webhook.type not in ("bracken", "entrupy"):
+            name, window = quote(webhook.name).encode(), webhook.replay_window_seconds
+            found[name], since[name] = [], format_utc(now - window - MAX_FUTURE_SECONDS).encode() if window else b""
+    lines = lines_from_end(path) if since else iter(())
+    next(lines, b"")  # what follows the last line feed
+    for line in lines:
+        match, moment = _LOG_LINE.fullmatch(line), line[17:41]
+        if moment < max(since.values()) and line.startswith(_LOG_START):
+            since = {name: first for name, first in since.items() if moment >= first}
+        elif match and match[1] in since:
             with contextlib.suppress(ValueError):
-                entries.append(tuple(map(bytes.fromhex, match[2].decode().split("."))))
-    for memory, entries in zip(memories.values(), found.values()):
-        for keys in reversed(entries):
-            memory.settle(keys, kept=True)
+                found[match[1]].append(tuple(map(bytes.fromhex, match[2].decode().split("."))))
+            if len(found[match[1]]) >= REMEMBERED_DELIVERIES:
+                del since[match[1]]
+        if not since:
+            break
+    for webhook in webhooks:
+        for keys in reversed(found.get(quote(webhook.name).encode(), [])):
+            webhook.memory.settle(keys, kept=True)
     return sum(map(len, found.values()))
 
 
@@ -1261,8 +1302,8 @@ class ConfigReader:
                 problem = "no white space around it, found some"
             elif value.startswith("<") and value.endswith(">"):
                 problem = "the real value, found the placeholder of the example"
-            elif re.search("[\ud800-\udfff]", value):
-                problem = "Unicode text, found a surrogate"
+            elif re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
+                problem = "text, found a control character or a surrogate"
             if problem:
                 self.mistakes.append(f"{place}: expected {problem}")
         return tuple(values)
@@ -1332,6 +1373,8 @@ class ConfigReader:
             mistakes.append(f"{where}: two demands on the header {header}, which can hold only one")
         window = (read["replay_window_hours"] or 0) * 3600 if kind in ("central", "new-central") else 0
         path = read["path"] or (url.path if url else None)
+        if path in OWN_PATHS:
+            mistakes.append(f"{where}.path: expected with this public_url, since {path} is the receiver's own")
         return Webhook(read["name"] or kind, kind, path, tokens, window, url, api_key, provider, Memory())
 
 
@@ -1372,7 +1415,7 @@ def read_config(text: bytes, path: str = "") -> Config:
         webhooks = [reader.webhook(one, f"{where}[{index}]", len(found) > 1) for index, one in enumerate(found)]
     else:
         webhooks = [reader.webhook(found, where, False)]
-    names = [webhook.name for webhook in webhooks]
+    names = [webhook.name for webhook in webhooks if webhook.name]
     for name in sorted({name for name in names if names.count(name) > 1}):
         reader.mistakes.append(f"{where}: expected a different name for each, found {json.dumps(name)} twice")
     if reader.has_secret and path:
@@ -1470,10 +1513,11 @@ def check_webhooks(webhooks: Sequence[Webhook], request: Request, now: float) ->
 def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[Webhook]) -> str:
     """Return a hint why the signature of a request was not accepted, "" without one. It names no secret."""
     is_classic, is_new = CENTRAL.header in request.headers, "signature-input" in request.headers
-    text, stripped = json_text(request.body), request.body.strip()
-    respelled = [stripped, stripped + b"\n"]  # what a proxy may have received
+    is_small = len(request.body) < 1 << 16  # otherwise hints would cost too much
+    text, stripped = json_text(request.body) if is_small else None, request.body.strip()
+    respelled = [stripped, stripped + b"\n"] if is_small else []  # what a proxy may have received
     with contextlib.suppress(RecursionError):
-        payload = json.loads(text or "{}", parse_int=parse_integer) if len(request.body) < 1 << 16 else {}
+        payload = json.loads(text or "{}", parse_int=parse_integer)
         for separators, only_ascii in itertools.product(((",", ":"), (", ", ": ")), (False, True)):
             spelling = json.dumps(payload, separators=separators, ensure_ascii=only_ascii)
             respelled.append(spelling.encode(errors="replace"))
@@ -1487,7 +1531,7 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
             ("an older token would match, which a reload has removed", webhook.former_tokens, request.body),
             ("the token with white space behind it would match: mend it at the sender", spaced, request.body),
             *(("the body would match if spelled otherwise: a proxy changed it", webhook.tokens, b) for b in respelled),
-            *((f"the token of webhook {w.name!r} would match", w.tokens, request.body) for w in everywhere),
+            *((f"the token of webhook {w.name!r} would match", w.tokens, request.body) for w in everywhere if is_small),
         ]
         for hint, tokens, body in attempts:
             with contextlib.suppress(SignatureError):
@@ -1723,13 +1767,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_head(self, deadline: float) -> Request:
         """Read up to the empty line and parse it."""
-        if self.buffer.startswith(b"\r\n", self.start):  # RFC 9112 section 2.2: an empty line before a request
-            self.start += 2
-        known = 0  # bytes that were looked through before: a sender may send them one by one
+        known, may_be_empty = 0, True  # bytes that were looked through before: a sender may send them one by one
         while True:
+            if may_be_empty and self.buffer.startswith(b"\r\n", self.start):  # RFC 9112 section 2.2: before a request
+                self.start, known, may_be_empty = self.start + 2, 0, False
             end = self.buffer.find(b"\r\n\r\n", self.start + max(0, known - 3))
             line_end = self.buffer.find(b"\r\n", self.start) % (len(self.buffer) + 1)  # -1: all of it
-            if line_end - self.start > MAX_REQUEST_LINE_BYTES:
+            if line_end - self.start - self.buffer.endswith(b"\r") > MAX_REQUEST_LINE_BYTES:
                 raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
             if end % (len(self.buffer) + 1) - line_end > MAX_HEADER_BYTES:
                 raise Refusal("headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes")
@@ -1902,6 +1946,8 @@ class Receiver(ThreadingHTTPServer):
         if inherited is not None:
             self.socket.close()
             self.socket = socket.socket(fileno=inherited)
+            if not self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise OSError(errno.EINVAL, "the inherited socket does not listen")
         if self.socket.family in (socket.AF_INET, socket.AF_INET6):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
         self.socket.setblocking(False)
@@ -2007,7 +2053,7 @@ class Receiver(ThreadingHTTPServer):
         """Answer /health or /metrics: status, body, media type."""
         if path == "/metrics":
             return 200, self.metrics.render(len(self.busy)), "text/plain; version=0.0.4; charset=utf-8"
-        if self.outputs.failing or self.stopping:
+        if self.outputs.has_failed() or self.stopping:
             return 503, b'{"error": "unavailable"}', JSON
         return 200, b'{"status": "ok"}', JSON
 
@@ -2074,6 +2120,10 @@ class Receiver(ThreadingHTTPServer):
             provider = old.provider if same else webhook.provider
             webhooks.append(webhook._replace(memory=old.memory, former_tokens=tuple(former[:4]), provider=provider))
         self.outputs.reopen(config.log_file, config.request_timeout_seconds)
+        same_log = config.log_file == self.config.log_file
+        fresh = [webhook for webhook in webhooks if not same_log or (webhook.name, webhook.type) not in before]
+        if config.log_file and fresh:
+            load_memories(config.log_file, fresh, time.time())
         self.metrics.add_webhooks([webhook.name for webhook in webhooks])
         self.config = config._replace(host=self.config.host, port=self.config.port, webhooks=tuple(webhooks))
 
@@ -2084,7 +2134,7 @@ class Receiver(ThreadingHTTPServer):
 class Provider:
     """The keys of one OIDC provider, asked for when they are needed. A class because the answer is remembered.
 
-    Always true: at most one question is under way, and ten seconds lie between two, failed ones included.
+    Always true: ten seconds lie between two questions, failed ones included, and none takes longer than five.
     """
 
     def __init__(self, oidc: Oidc) -> None:
@@ -2103,7 +2153,7 @@ class Provider:
         now = time.monotonic()
         with self.lock:
             wanted = not fitting or now - self.answered > PROVIDER_KEYS_SECONDS
-            if wanted and now - self.asked >= 2 * PROVIDER_SECONDS and not self.question.is_alive():
+            if wanted and now - self.asked >= 2 * PROVIDER_SECONDS:
                 self.asked, self.question = now, threading.Thread(target=self.ask, daemon=True)
                 self.question.start()
         if not fitting and self.question.is_alive():
@@ -2120,12 +2170,11 @@ class Provider:
     def ask(self) -> None:
         """Fetch the discovery document and the keys that it names."""
         try:
-            deadline = time.monotonic() + PROVIDER_SECONDS
-            document = fetch_json(self.oidc.well_known_url, deadline)
+            document = fetch_json(self.oidc.well_known_url, PROVIDER_SECONDS / 2)
             issuer, url = document.get("issuer"), str(document.get("jwks_uri"))
             if not isinstance(issuer, str) or not is_provider_url(url):
                 raise ValueError("the discovery document has no issuer, or no jwks_uri over https")
-            keys = parse_rsa_keys(fetch_json(url, deadline))
+            keys = parse_rsa_keys(fetch_json(url, PROVIDER_SECONDS / 2))
             self.issuer, self.keys, self.answered = issuer, keys, time.monotonic()
             LOG.info("%d OIDC keys of %s", len(keys), issuer)
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -2133,28 +2182,41 @@ class Provider:
             LOG.warning("no OIDC keys: %s", self.failure)
 
 
-def fetch_json(url: str, deadline: float) -> dict[str, Any]:
-    """Fetch a JSON object: no redirects, bounded in size, and in time by `deadline` (monotonic seconds).
+def connect_to(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
+    """Make a connection to a URL, not yet open, and return it with the target to ask for. Raises ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("expected an http or https URL")
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return kind(parts.hostname, parts.port, timeout=seconds), target
+
+
+def fetch_json(url: str, seconds: float) -> dict[str, Any]:
+    """Fetch a JSON object: no redirects, bounded in size and time.
 
     Raises:
         OSError, ValueError, http.client.HTTPException: it cannot be had.
     """
-    import urllib.request  # here because it takes as long to import as all the rest, and few need it
+    connection, target = connect_to(url, seconds)
 
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-            return None
+    def hang_up() -> None:  # the connection's own time-out begins anew with every byte
+        with contextlib.suppress(OSError, AttributeError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
 
-    proxies = {kind: proxy for kind, proxy in urllib.request.getproxies().items() if kind == "https"}
-    opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
-    data = b""
-    with opener.open(url, timeout=max(deadline - time.monotonic(), 0.1)) as answer:
-        while len(data) <= MAX_PROVIDER_BYTES and time.monotonic() < deadline:
-            part = answer.read1(RECEIVE_BYTES)
-            if not part:
-                return parse_json_object(data)
-            data += part
-    raise ValueError("the answer is too large or too slow")
+    watchdog = threading.Timer(seconds, hang_up)
+    watchdog.daemon = True
+    with contextlib.closing(connection):
+        watchdog.start()
+        try:
+            connection.request("GET", target, headers={"Accept": JSON})
+            answer = connection.getresponse()
+            data = answer.read(MAX_PROVIDER_BYTES + 1)
+        finally:
+            watchdog.cancel()
+    if answer.status != 200 or len(data) > MAX_PROVIDER_BYTES:
+        raise ValueError(f"status {answer.status} and {len(data)} bytes, expected 200 and at most {MAX_PROVIDER_BYTES}")
+    return parse_json_object(data)
 
 
 # ---- Life: signals, systemd -------------------------------------------------
@@ -2193,6 +2255,8 @@ def reload_config(receiver: Receiver, path: str) -> None:
     except (ConfigError, OutputError) as error:
         for mistake in error.args:
             LOG.error("configuration not reloaded, the old one stays: %s: %s", path, mistake)
+    except Exception as error:  # a bug of ours must not stop a receiver that works
+        LOG.error("configuration not reloaded, the old one stays: %s: %r", path, error, exc_info=True)
     notify("READY=1")
 
 
@@ -2272,12 +2336,9 @@ def sign_sample(webhook: Webhook, query: Optional[str], number: int, now: float)
 
 def post(url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, str]:
     """POST to a URL; return status and answer. Raises OSError, http.client.HTTPException, ValueError."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("expected an http or https URL")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    with contextlib.closing(kind(parts.hostname, parts.port, timeout=30)) as connection:
-        connection.request("POST", (parts.path or "/") + "?" * bool(parts.query) + parts.query, body, dict(headers))
+    connection, target = connect_to(url, 30)
+    with contextlib.closing(connection):
+        connection.request("POST", target, body, dict(headers))
         answer = connection.getresponse()
         return answer.status, escape_text(answer.read(500).decode(errors="replace").strip())
 
@@ -2324,19 +2385,44 @@ def run_demo(render: Render) -> int:
             kind, expected = "forged alert, one word of its body changed", 401
             body = body.replace(b"Critical", b"Harmless")
         status, answer = post(url, headers, body)
+        LOG.handlers[0].flush()
         print(f"{kind}: {status} {answer}", file=sys.stderr)
         passed = passed and status == expected
     return 0 if passed else EX_CANNOT_SERVE
 
 
-class LogFormatter(logging.Formatter):
-    """Time, level, message; one line each, whatever a sender has written into it."""
+class LogHandler(logging.Handler):
+    """Writes to stderr: time, level, message; one line each, whatever a sender has written into it.
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Format a record; the traceback of a bug is shown with --verbose only."""
+    A thread of its own writes, since a reader of stderr that stalls must hold up nobody; beyond 1000, lines are lost.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: queue.Queue[str] = queue.Queue(1000)
+        threading.Thread(target=self.write_lines, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand over a line; the traceback of a bug is shown with --verbose only."""
         text = f"{format_utc(record.created)} {record.levelname} {escape_text(record.getMessage())}"
-        verbose = record.exc_info and LOG.isEnabledFor(logging.DEBUG)
-        return f"{text}\n{self.formatException(record.exc_info)}" if verbose and record.exc_info else text
+        if record.exc_info and LOG.isEnabledFor(logging.DEBUG):
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        with contextlib.suppress(queue.Full):
+            self.lines.put_nowait(text)
+
+    def write_lines(self) -> None:
+        """Write what was handed over."""
+        while True:
+            text = self.lines.get()
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads stderr: no reason to stop
+                print(text, file=sys.stderr, flush=True)
+            self.lines.task_done()
+
+    def flush(self) -> None:
+        """Wait until all is written, for a second at most."""
+        deadline = time.monotonic() + 1
+        while self.lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
 
 
 def fail(message: str, code: int) -> int:
@@ -2409,14 +2495,16 @@ def start(config: Config, path: str, render: Render) -> int:
     try:
         outputs = Outputs(config.log_file, config.request_timeout_seconds)
         if config.log_file:
-            memories = {webhook.name: webhook.memory for webhook in config.webhooks}
-            LOG.info("%d deliveries remembered from %s", load_memories(config.log_file, memories), config.log_file)
+            count = load_memories(config.log_file, config.webhooks, time.time())
+            LOG.info("%d deliveries remembered from %s", count, config.log_file)
         receiver = Receiver(config, outputs, render, inherited_descriptor())
-    except OSError as error:
-        return fail(f"{config.host} port {config.port}: {error.strerror or error}", EX_CANNOT_SERVE)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return fail(f"{config.host} port {config.port}: {reason}", EX_CANNOT_SERVE)
     address: Any = receiver.server_address
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    shown = f"{address[0]} port {address[1]} (http://{host}:{address[1]})" if isinstance(address, tuple) else address
+    shown = os.fsdecode(address) if isinstance(address, (str, bytes)) else f"{address[0]} port {address[1]}"
+    if isinstance(address, tuple):
+        shown += f" (http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]})"
     webhooks = ", ".join(f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks)
     log_file = f", {config.log_file}" if config.log_file else ""
     LOG.info("%s %s listens on %s; webhooks: %s; output: stdout%s", PROGRAM, VERSION, shown, webhooks, log_file)
@@ -2426,11 +2514,8 @@ def start(config: Config, path: str, render: Render) -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; return its exit code: 0 stopped on request, 1 cannot serve, 2 usage, 78 configuration."""
     options = parse_arguments(argv)
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    LOG.handlers, LOG.propagate = [handler], False
+    LOG.handlers, LOG.propagate = [LogHandler()], False
     LOG.setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    logging.raiseExceptions = False  # nobody reads stderr: no reason to stop
     try:
         if options.demo:
             return run_demo(choose_render(options.format, ["demo"]))
@@ -2440,9 +2525,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if options.send_sample is not None:
             return send_sample(config, options.send_sample, options.webhook, options.header)
         if options.check_config:
-            print(*map(describe_webhook, config.webhooks), sep="\n")
+            print(*[ascii(describe_webhook(webhook))[1:-1] for webhook in config.webhooks], sep="\n", flush=True)
             path = config.log_file or os.devnull
             writable = os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK)
+            writable = writable and not os.path.isdir(path)
             return 0 if writable else fail(f"{path}: cannot be written", EX_CANNOT_SERVE)
         render = choose_render(options.format, [webhook.name for webhook in config.webhooks])
         return start(config, options.input, render)
@@ -2450,8 +2536,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return max(fail(f"{options.input}: {mistake}", EX_CONFIG) for mistake in error.args)
     except OutputError as error:
         return fail(str(error), EX_CANNOT_SERVE)
+    except OSError as error:
+        return fail(f"stdout: {error.strerror}", EX_CANNOT_SERVE)
     except KeyboardInterrupt:
-        return 0
+        return EX_CANNOT_SERVE if options.send_sample is not None else 0
+    finally:
+        LOG.handlers[0].flush()
 
 
 if __name__ == "__main__":

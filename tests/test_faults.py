@@ -157,11 +157,11 @@ class Stdout(FaultCase):
 
     def test_a_stalled_reader_means_503_for_all_until_it_reads_again(self):
         sent = [self.signed(filler="x" * HUGE)] + [self.signed() for _ in range(4)]
-        with self.receiver(request_timeout_seconds=0.5) as receiver:
+        with self.receiver(request_timeout_seconds=0.3) as receiver:
             self.assertEqual(self.health(receiver), 200)
             started = time.monotonic()
             self.assertEqual(receiver.post(*sent[0]).status, 503)  # half of its line is in the pipe
-            self.assertGreater(time.monotonic() - started, 0.4)
+            self.assertGreater(time.monotonic() - started, 0.25)
             self.assertEqual(self.health(receiver), 503)
             statuses, started = [], time.monotonic()
             threads = [
@@ -238,7 +238,7 @@ class Stdout(FaultCase):
         with self.receiver(request_timeout_seconds=3) as receiver, receiver.connect() as connection:
             connection.send(raw_request(headers=headers, body=body))
             while not shown.endswith(b"\n"):
-                shown += self.read_some(10_000)
+                shown += self.read_some(30_000)
                 time.sleep(0.01)
             self.assertEqual(connection.read().json, OK)
         self.assertEqual([line["alert"] for line in self.parse(shown)], [json.loads(body)])
@@ -293,7 +293,6 @@ class Stdout(FaultCase):
             for one in refused:
                 self.assertEqual(receiver.post(*one).json, OK)
                 self.assertEqual(self.health(receiver), 200)
-            self.assertEqual(receiver.stop(), 0)
         self.assertEqual(
             sorted(self.logged_ids()), sorted(headers["X-Central-Delivery-ID"] for _, headers in sent)
         )
@@ -307,7 +306,7 @@ class Kill(FaultCase):
     def test_a_kill_at_any_moment_loses_nothing_and_keeps_nothing_twice(self):
         chance = random.Random()
         with Senders(1, 8) as senders:
-            for _ in range(6):
+            for _ in range(5):
                 with Receiver(self.config()) as receiver:
                     senders.port = receiver.port
                     senders.wait_for_accepted(chance.randrange(10, 80))
@@ -402,8 +401,8 @@ class Limits(FaultCase):
                         signal.SIGHUP
                     )  # nothing can be read now: the old configuration stays
                     receiver.wait_for_log(r" ERROR .*reload", start=start)
-                    time.sleep(max(0.0, 1 - (time.monotonic() - before)))
-                    self.assertLess(self.cpu_seconds(receiver) - started, 0.4, "it spins")
+                    time.sleep(max(0.0, 0.7 - (time.monotonic() - before)))
+                    self.assertLess(self.cpu_seconds(receiver) - started, 0.3, "it spins")
                     self.assertIsNone(receiver.process.poll())
                     body = new_body()
                     steady.send(raw_request(headers=central_headers(body), body=body))
@@ -435,12 +434,12 @@ class Limits(FaultCase):
     def test_room_that_silent_and_dripping_senders_take_is_free_again_in_time(self):
         body = new_body()
         half = raw_request(headers=central_headers(body), body=body)[:-1]
-        with Receiver(self.config(max_connections=4, request_timeout_seconds=1)) as receiver:
+        with Receiver(self.config(max_connections=4, request_timeout_seconds=0.5)) as receiver:
             held = [receiver.connect() for _ in range(4)]
             for connection, data in zip(held, (b"", half[:30], half, b"")):
                 self.addCleanup(connection.socket.close)
                 connection.send(data)
-            deadline_poll(lambda: receiver.deliver().status == 503, 0.9, "there was room")
+            deadline_poll(lambda: receiver.deliver().status == 503, 2, "there was room")
             deadline_poll(lambda: receiver.deliver().status == 200, message="there is still no room")
 
     @unittest.skipIf(resource is None, "needs many descriptors")
@@ -474,7 +473,7 @@ class Limits(FaultCase):
     def test_dripping_senders_delay_nobody(self):
         body = new_body()
         data = raw_request(headers=central_headers(body), body=body)
-        with Receiver(self.config(request_timeout_seconds=1)) as receiver:
+        with Receiver(self.config(request_timeout_seconds=0.6)) as receiver:
             dripping = [receiver.connect() for _ in range(50)]
             for connection in dripping:
                 self.addCleanup(connection.socket.close)

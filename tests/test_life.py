@@ -172,21 +172,23 @@ class Reload(LifeCase):
         receiver.process.send_signal(signal.SIGHUP)
         return receiver.wait_for_log(pattern, start=start)
 
+    def wait_for_token(self, receiver, token, status=200):
+        """Wait until a delivery under this token is answered so."""
+        deadline_poll(lambda: receiver.deliver(token=token).status == status, message=f"never {status}")
+
     def test_a_token_is_rotated_under_load_without_a_single_refusal(self):
         with Receiver(self.config()) as receiver, Senders(receiver.port, 4) as senders:
             senders.wait_for_accepted(20)
             self.assertEqual(receiver.deliver(token=NEW_TOKEN).status, 401)
             receiver.write_config(self.config(token=[NEW_TOKEN, TOKEN]))
             receiver.process.send_signal(signal.SIGHUP)
-            deadline_poll(
-                lambda: receiver.deliver(token=NEW_TOKEN).status == 200, message="the new token is not valid"
-            )
+            self.wait_for_token(receiver, NEW_TOKEN)
             senders.wait_for_accepted(20)
             senders.token = NEW_TOKEN
             senders.wait_for_accepted(20)
             receiver.write_config(self.config(token=NEW_TOKEN))
             receiver.process.send_signal(signal.SIGHUP)
-            deadline_poll(lambda: receiver.deliver().status == 401, message="the old token is still valid")
+            self.wait_for_token(receiver, TOKEN, 401)
             senders.wait_for_accepted(20)
             senders.finish()
             self.assertEqual(dict(senders.statuses), {200: len(senders.accepted)})
@@ -241,7 +243,7 @@ class Reload(LifeCase):
                     self.assertEqual(len(self.logged_ids()), count)
             receiver.write_config(changed)
             receiver.process.send_signal(signal.SIGHUP)
-            deadline_poll(lambda: receiver.deliver(token=NEW_TOKEN).status == 200, message="never reloaded")
+            self.wait_for_token(receiver, NEW_TOKEN)
 
     def test_a_reload_adds_and_removes_webhooks_and_forgets_no_delivery(self):
         noc, lab = ({"name": name, "path": f"/{name}", "token": TOKEN} for name in ("noc", "lab"))
@@ -279,16 +281,16 @@ class Reload(LifeCase):
         self.assertEqual(set(ids), set(senders.accepted))
 
     def test_another_host_or_port_asks_for_a_restart_and_the_rest_is_swapped_in(self):
-        for name, change in (("port", {"port": 1}), ("host", {"host": "127.0.0.2"})):
-            with self.subTest(name), Receiver(self.config()) as receiver:
-                config = self.config(token=NEW_TOKEN)
-                config["webclient_info"].update(change)
-                receiver.write_config(config)
-                self.hang_up(receiver, r"(?i)restart")
-                deadline_poll(
-                    lambda: receiver.deliver(token=NEW_TOKEN).status == 200, message="the token is not valid"
-                )
-                self.assertEqual(receiver.deliver().status, 401)
+        with Receiver(self.config()) as receiver:
+            for change in ({"port": 1}, {"host": "127.0.0.2"}):
+                with self.subTest(change):
+                    token = "token-with-another-" + "".join(change)
+                    config = self.config(token=token)
+                    config["webclient_info"].update(change)
+                    receiver.write_config(config)
+                    self.hang_up(receiver, r"(?i)restart")
+                    self.wait_for_token(receiver, token)
+                    self.assertEqual(receiver.deliver().status, 401)
 
     def test_a_burst_of_signals_harms_nothing(self):
         with Receiver(self.config()) as receiver, Senders(receiver.port, 2) as senders:
@@ -297,7 +299,6 @@ class Reload(LifeCase):
             senders.wait_for_accepted(20)
             senders.finish()
             self.assertEqual(dict(senders.statuses), {200: len(senders.accepted)})
-            self.assertEqual(receiver.stop(), 0)
         self.assertEqual(sorted(self.logged_ids()), sorted(senders.accepted))
 
 
@@ -360,7 +361,7 @@ class Stop(LifeCase):
             self.assertEqual(receiver.process.wait(5), 0)
 
     def test_a_stop_under_load_answers_all_that_it_keeps_and_keeps_all_that_it_answers(self):
-        for count in (1, 6, 16):
+        for count in (1, 12):
             with self.subTest(senders=count):
                 self.log.unlink() if self.log.exists() else None
                 with Receiver(self.config()) as receiver:
@@ -446,7 +447,7 @@ class Systemd(LifeCase):
         listener = self.listener()
         port = listener.getsockname()[1]
         with Senders(port, 6, repeat=False, keep_alive=False) as senders:
-            for _ in range(3):
+            for _ in range(2):
                 with self.inheriting(listener) as receiver:
                     self.assertEqual(receiver.port, port)
                     senders.wait_for_accepted(30)

@@ -2,15 +2,17 @@
 
     python3 -m tests.benchmark [--quick] [--rounds N] [--deliveries N] [--only FIGURE ...] [--old FILE]
 
-Side by side: our program; FastAPI on uvicorn (one worker, httptools, uvloop); a naive http.server; and the floor, an
-epoll loop in Python with next to no HTTP. All do the same job (job.py): verify a POST of classic Central with a body of
-1.2 KB, remember it, write its line to stdout (a file), answer 200. The servers take turns within each round, on the same
-signed deliveries; a ratio is taken within a round, and the table has the medians over the rounds. Every delivery is
-different; every answer is checked, and every 200 must have exactly one line in the server's output.
+Side by side: our program; FastAPI on uvicorn (one worker, httptools, uvloop); a naive http.server; and
+the floor, an epoll loop in Python with next to no HTTP. All do the same job (job.py): verify a POST of
+classic Central with a body of 1.2 KB, remember it, write its line to stdout (a file), answer 200. The
+servers take turns within each round, on the same signed deliveries; a ratio is taken within a round, and
+the table has the medians over the rounds. Every delivery is different; every answer is checked, and
+every 200 must have exactly one line in the server's output.
 
-CPU is user and system time of the server's process alone, read from its CPU clock before and after the load. The load
-comes from load.c, compiled when it is needed. Needs Linux, a C compiler, PyPI (once: the peers go into a virtual
-environment of their own) and, for the figures behind a proxy, nginx; Python 3.11 or newer for the pinned peers.
+CPU is user and system time of the server's process alone, read from its CPU clock before and after the
+load. The load comes from load.c, compiled when it is needed. Needs Linux, a C compiler, PyPI (once: the
+peers go into a virtual environment of their own) and, for the figures behind a proxy, nginx; Python 3.11
+or newer for the peers.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ PROGRAM = TOP / "central_webhook_client.py"
 BODY_BYTES = 1200
 WARM_UP = 200  # deliveries before a measurement
 BURST = 1000
+PATIENCE_SECONDS = 10  # without an answer for so long, a delivery counts as lost
 RECORD = struct.Struct("dii")  # of load.c: seconds, status, number of the connection
 _ID = re.compile(rb'"delivery_id": "([^"]*)"')
 
@@ -67,9 +70,10 @@ def sign_delivery(number, path=PATH, token=TOKEN, close=False, body_bytes=BODY_B
     """Return a whole request as classic Central sends it."""
     alert = {
         "id": f"AW{number:016d}", "nid": 4, "alert_type": "AP disconnected", "timestamp": 1763760000 + number,
-        "state": "Open", "severity": "Critical", "setting_id": "0123456789abcdef-4", "device_id": f"CN{number:08d}",
-        "description": f"AP with name ap-{number} and MAC address 00:1a:1e:00:00:01 disconnected, Group:default",
-        "details": {"hostname": f"ap-{number}", "serial": f"CN{number:08d}", "site": "Main building", "ts": "1763760000"},
+        "state": "Open", "severity": "Critical", "setting_id": "0123456789abcdef-4",
+        "device_id": f"CN{number:08d}",
+        "description": f"AP with name ap-{number} and MAC address 00:1a:1e:00:00:01 disconnected",
+        "details": {"hostname": f"ap-{number}", "serial": f"CN{number:08d}", "site": "Main building"},
         "operation": "create", "text": "", "webhook": "6c5b3b0e-5b0e-4c0e-9b0e-2b0e6c5b3b0e",
     }  # fmt: skip
     alert["text"] = "x" * max(0, body_bytes - len(json.dumps(alert)))
@@ -83,7 +87,8 @@ def sign_delivery(number, path=PATH, token=TOKEN, close=False, body_bytes=BODY_B
         f"{'Connection: close' + chr(13) + chr(10) if close else ''}"
         f"Content-Type: application/json\r\nX-Central-Service: {service}\r\n"
         f"X-Central-Event: AP-Disconnected\r\nX-Central-Delivery-ID: {delivery_id(number)}\r\n"
-        f"X-Central-Delivery-Timestamp: {stamp}\r\nX-Central-Customer-ID: 0123456789abcdef0123456789abcdef\r\n"
+        f"X-Central-Delivery-Timestamp: {stamp}\r\n"
+        "X-Central-Customer-ID: 0123456789abcdef0123456789abcdef\r\n"
         f"X-Central-Signature: {signature}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
@@ -117,7 +122,8 @@ class Server:
         self.folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=bench.folder))
         self.log_file = self.folder / "deliveries.log" if log_file else None
         if kind in bench.programs:
-            command = [sys.executable, str(bench.programs[kind]), f"-i={self.write_config(webhooks, max_connections)}"]
+            path = self.write_config(webhooks, max_connections)
+            command = [sys.executable, str(bench.programs[kind]), f"-i={path}"]
         else:
             python = bench.peer_python if kind == "fastapi" else sys.executable
             command = [python, str(HERE / f"peer_{kind}.py"), str(self.port)]
@@ -149,7 +155,8 @@ class Server:
     def wait_until_it_answers(self, request, deadline):
         """Send a delivery again and again until it is answered."""
         while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 10) as connection:
+            address = ("127.0.0.1", self.port)
+            with contextlib.suppress(OSError), socket.create_connection(address, 10) as connection:
                 connection.sendall(request)
                 if connection.recv(65536)[9:12] == b"200":
                     return
@@ -174,7 +181,7 @@ class Server:
             found = collections.Counter(_ID.findall(path.read_bytes()))
             wrong = [number for number in self.answered if found[delivery_id(number).encode()] != 1]
             if wrong:
-                raise SystemExit(f"{self.kind}: {len(wrong)} answered deliveries without exactly one line in {path}")
+                raise SystemExit(f"{self.kind}: {len(wrong)} answered without exactly one line in {path}")
 
 
 class Load:
@@ -225,12 +232,13 @@ class Bench:
                     file.write(struct.pack("=I", len(request)) + request)
         return self.files[name]
 
-    def load(self, server, file, *, mode="keep", connections=8, first=0, count=None, port=None, patience=10, all_200=True):
-        """Run the load generator against a server; return a Load. With `all_200` another answer ends the benchmark."""
+    def load(self, server, file, *, mode="keep", connections=8, first=0, count=None, port=None, all_200=True):
+        """Run the load generator; return a Load. With `all_200`, any other answer ends the benchmark."""
         count = self.options.deliveries if count is None else count
         answers = server.folder / "answers"
         before = cpu_seconds(server.pid)
-        command = [self.generator, port or server.port, connections, mode, first, count, patience, file, answers]
+        span = [first, count, PATIENCE_SECONDS]
+        command = [self.generator, port or server.port, connections, mode, *span, file, answers]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
         cpu = cpu_seconds(server.pid) - before
         records = list(RECORD.iter_unpack(answers.read_bytes()))
@@ -238,7 +246,8 @@ class Bench:
         result = Load(records, json.loads(done.stdout))
         result.cpu = cpu
         if all_200 and result.statuses != {200: count}:
-            raise SystemExit(f"{server.kind}: not every delivery was answered with 200: {dict(result.statuses)} (0: lost)")
+            found = dict(result.statuses)
+            raise SystemExit(f"{server.kind}: not all {count} were answered with 200: {found} (0: lost)")
         return result
 
     @contextlib.contextmanager
@@ -275,9 +284,11 @@ def make_environment(folder):
         say(f"making {folder}")
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", HERE / "requirements.txt"]
-        if subprocess.run(install).returncode:
-            raise SystemExit("the peers cannot be installed: is PyPI within reach, and is this Python 3.11 or newer?")
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        if subprocess.run([*install, "-r", HERE / "requirements.txt"]).returncode:
+            raise SystemExit(
+                "the peers cannot be installed: is PyPI in reach, and this Python 3.11 or newer?"
+            )
         mark.write_bytes(wanted)
     return str(python)
 
@@ -319,7 +330,7 @@ def measure_close(bench, kinds):
 
 
 def measure_nginx(bench, kinds):
-    """Behind nginx, with our configuration and with a plain proxy_pass; the sender keeps its connections alive."""
+    """Behind nginx, with our configuration and with a plain proxy_pass; kept alive towards nginx."""
     file = bench.requests("open")
     for form in Proxy.forms():
         for kind in kinds(bench.rivals):
@@ -342,7 +353,7 @@ def measure_synced(bench, kinds):
 
 
 def measure_burst(bench, kinds):
-    """1,000 connections that begin at once, and 1,000 that stand before the first of them sends; a delivery on each."""
+    """1,000 connections that begin at once, and 1,000 that stand before the first of them sends."""
     file = bench.requests("burst", count=BURST)
     variants = [*bench.kinds, *(f"{kind} default" for kind in bench.programs)]
     for variant in kinds(variants):
@@ -407,17 +418,20 @@ def measure_tokens(bench, kinds):
 
 
 MEASUREMENTS = {
-    name.partition("_")[2]: function for name, function in list(globals().items()) if name.startswith("measure_")
+    name.partition("_")[2]: function
+    for name, function in list(globals().items())
+    if name.startswith("measure_")
 }
 
 # ---- The table --------------------------------------------------------------------------
 
 
 class Row:
-    """One line of the table: a figure of several servers, and what the first is to be compared to the second."""
+    """One line of the table: a figure of all servers, and the target of ours against FastAPI's."""
 
     def __init__(self, title, figure, target=None, at_least=False, digits=2):
-        self.title, self.figure, self.target, self.at_least, self.digits = title, figure, target, at_least, digits
+        self.title, self.figure, self.digits = title, figure, digits
+        self.target, self.at_least = target, at_least
 
 
 ROWS = [
@@ -439,7 +453,9 @@ ROWS = [
     Row("log_file synced (FastAPI: not), 64 connections: deliveries/s", "synced rate", digits=0),
     Row("1,000 connections at once: answered within 1 s", "new burst answered", 1.0, at_least=True, digits=0),
     Row("1,000 connections at once: lost", "new burst lost", digits=0),
-    Row("1,000 standing connections: answered within 1 s", "hold burst answered", 1.0, at_least=True, digits=0),
+    Row(
+        "1,000 standing connections: answered within 1 s", "hold burst answered", 1.0, at_least=True, digits=0
+    ),
     Row("1,000 standing connections: lost", "hold burst lost", digits=0),
     Row("memory MiB, idle", "idle", 0.6, digits=1),
     Row("memory MiB, peak of 1,000 connections at once", "new burst peak", 0.7, digits=1),
@@ -484,6 +500,9 @@ def table_of(bench):
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+OUTCOMES = ("200", "503", "lost", "peak")
+
+
 def notes_of(bench):
     """Return what does not fit into the table: our program compared with itself."""
     lines = []
@@ -494,33 +513,37 @@ def notes_of(bench):
     ]
     for kind in bench.programs:
         for title, one, many in pairs:
-            few_cpu, many_cpu = (bench.samples[f"{name} cpu", kind] for name in (one, many))
-            few_rate, many_rate = (bench.samples[f"{name} rate", kind] for name in (one, many))
-            if few_cpu:
-                rate, cpu = median_ratio(many_rate, few_rate), median_ratio(many_cpu, few_cpu)
-                medians = [statistics.median(values) for values in (few_rate, many_rate, few_cpu, many_cpu)]
+            few, more = bench.samples[f"{one} rate", kind], bench.samples[f"{many} rate", kind]
+            few_cpu, more_cpu = bench.samples[f"{one} cpu", kind], bench.samples[f"{many} cpu", kind]
+            if few:
                 lines.append(
-                    f"- {kind}: {title}: deliveries/s x {rate:.2f} ({medians[0]:,.0f} to {medians[1]:,.0f}), "
-                    f"CPU s per 10,000 x {cpu:.2f} ({medians[2]:.2f} to {medians[3]:.2f})"
+                    f"- {kind}: {title}: deliveries/s x {median_ratio(more, few):.2f} "
+                    f"({statistics.median(few):,.0f} to {statistics.median(more):,.0f}), "
+                    f"CPU s per 10,000 x {median_ratio(more_cpu, few_cpu):.2f} "
+                    f"({statistics.median(few_cpu):.2f} to {statistics.median(more_cpu):.2f})"
                 )
         for mode, title in (("new", "at once"), ("hold", "standing")):
-            counts = {what: bench.samples[f"{mode} burst {what}", f"{kind} default"] for what in ("200", "503", "lost", "peak")}
-            if counts["200"]:
-                medians = {what: statistics.median(values) for what, values in counts.items()}
+            samples = [bench.samples[f"{mode} burst {what}", f"{kind} default"] for what in OUTCOMES]
+            if samples[0]:
+                accepted, refused, lost, peak = map(statistics.median, samples)
                 lines.append(
-                    f"- {kind}: 1,000 connections {title} with the default max_connections: {medians['200']:.0f} answered "
-                    f"200, {medians['503']:.0f} answered 503, {medians['lost']:.0f} lost, peak {medians['peak']:.1f} MiB"
+                    f"- {kind}: 1,000 connections {title} with the default max_connections: {accepted:.0f} "
+                    f"answered 200, {refused:.0f} answered 503, {lost:.0f} lost, peak {peak:.1f} MiB"
                 )
     for kind in bench.kinds:
         sizes = [f"{statistics.median(after):.1f}" for after in zip(*bench.samples["flat", kind])]
         if sizes:
-            lines.append(f"- {kind}: memory MiB after each burst of 1,000 standing connections: {', '.join(sizes)}")
+            lines.append(f"- {kind}: memory MiB after each burst of 1,000 standing: {', '.join(sizes)}")
     return lines
 
 
 def describe_machine(bench):
     """Say what it was measured on."""
-    versions = [f"Python {platform.python_version()}", f"Linux {platform.release()}", f"{os.cpu_count()} CPUs"]
+    versions = [
+        f"Python {platform.python_version()}",
+        f"Linux {platform.release()}",
+        f"{os.cpu_count()} CPUs",
+    ]
     pins = dict(line.split("==") for line in (HERE / "requirements.txt").read_text().split())
     versions += [f"{name} {pins[name]}" for name in ("fastapi", "uvicorn", "httptools", "uvloop")]
     rounds = f"{bench.options.rounds} rounds of {bench.options.deliveries:,} deliveries"
@@ -529,13 +552,14 @@ def describe_machine(bench):
 
 def parse_arguments(argv):
     """Parse the command line."""
-    parser = argparse.ArgumentParser("python3 -m tests.benchmark", description="Measure the receiver beside its rivals.")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="medians are taken over them (5)")
-    parser.add_argument("--deliveries", type=int, default=10_000, metavar="N", help="of each measurement (10000)")
-    parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), metavar="FIGURE", help=", ".join(MEASUREMENTS))
-    parser.add_argument("--quick", action="store_true", help="one round of 1,500 deliveries: does it all work?")
-    parser.add_argument("--old", metavar="FILE", help="another version of the program, to compare with")
-    parser.add_argument("--venv", metavar="DIR", default="~/.cache/central-webhook-benchmark", help="of the peers")
+    parser = argparse.ArgumentParser("python3 -m tests.benchmark", description=__doc__.partition("\n")[0])
+    add, figures = parser.add_argument, list(MEASUREMENTS)
+    add("--rounds", type=int, default=5, metavar="N", help="medians are taken over them (5)")
+    add("--deliveries", type=int, default=10_000, metavar="N", help="of each measurement (10000)")
+    add("--only", nargs="+", choices=figures, metavar="FIGURE", help=", ".join(figures))
+    add("--quick", action="store_true", help="one round of 1,500 deliveries: does it all work?")
+    add("--old", metavar="FILE", help="another version of the program, to compare with")
+    add("--venv", metavar="DIR", default="~/.cache/central-webhook-benchmark", help="of the peers")
     options = parser.parse_args(argv)
     if options.quick:
         options.rounds, options.deliveries = 1, 1_500

@@ -1,7 +1,7 @@
-"""What every peer of the benchmark does with a delivery: the same job as the receiver's, without its niceties.
+"""What every peer of the benchmark does with a delivery: the receiver's job, without its niceties.
 
-It leaves out what the receiver does in addition (age, strict HTTP, metrics, several tokens), and it puts the body into
-its line as it came: a peer is measured at its best.
+It leaves out what the receiver does in addition (age, strict HTTP, metrics, several tokens), and it puts
+the body into its line as it came: a peer is measured at its best.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Job:
             text = "null"
         line = (
             f'{{"received_at": "{time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}", "webhook": "noc", '
-            f'"type": "central", "delivery_id": {json.dumps(delivery_id)}, "sent_at": {json.dumps(timestamp)}, '
-            f'"alert": {text}}}\n'
+            f'"type": "central", "delivery_id": {json.dumps(delivery_id)}, '
+            f'"sent_at": {json.dumps(timestamp)}, "alert": {text}}}\n'
         )
         os.write(1, line.encode())
         return 200, {"status": "ok"}

@@ -2,14 +2,14 @@
  *
  *     load PORT CONNECTIONS MODE FIRST COUNT PATIENCE_SECONDS REQUESTS ANSWERS
  *
- * MODE is "keep" (the connections are kept alive), "new" (a new connection for each request), or "hold" (as "new",
- * but nothing is sent before all connections have been opened and HOLD_SECONDS have passed, so that the server has
- * accepted what it accepts). REQUESTS holds the requests one after the other, each behind its length as a 32-bit
- * integer; those from FIRST on are sent, COUNT of them, each once. CONNECTIONS requests are always under way, until
- * none is left: with CONNECTIONS = COUNT all begin at once. ANSWERS gets a record for each request: its time in
- * seconds from the beginning (of connect() with a new connection, of sending with "hold") to the last byte of the
- * answer, and its status; status 0 stands for no whole answer within PATIENCE. stdout gets one JSON object. One
- * thread, epoll, no copying: it costs a fraction of any server.
+ * MODE is "keep" (the connections are kept alive), "new" (a new connection for each request), or "hold" (as
+ * "new", but nothing is sent before all connections have been opened and HOLD_SECONDS have passed, so that
+ * the server has accepted what it accepts). REQUESTS holds the requests one after the other, each behind its
+ * length as a 32-bit integer; those from FIRST on are sent, COUNT of them, each once. CONNECTIONS requests
+ * are always under way, until none is left: with CONNECTIONS = COUNT all begin at once. ANSWERS gets a record
+ * for each request: its time in seconds from the beginning (of connect() with a new connection, of sending
+ * with "hold") to the last byte of the answer, and its status; status 0 stands for no whole answer within
+ * PATIENCE. stdout gets one JSON object. One thread, epoll, no copying: it costs a fraction of any server.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -40,7 +40,9 @@ struct answer {
 };
 
 struct connection {
-    int fd, reused, held;  /* reused: it has carried a request before; held: it stands, and nothing is sent yet */
+    int fd;
+    int reused;            /* it has carried a request before */
+    int held;              /* it stands, and nothing is sent yet */
     uint32_t events;       /* what epoll waits for */
     long request;          /* -1: idle */
     size_t sent, received;
@@ -114,7 +116,7 @@ static int dial(struct connection *c) {
     return 0;
 }
 
-/* The connection ended before an answer. One kept alive may have been closed just before: that is tried again. */
+/* It ended before an answer. One kept alive may have been closed just before: that is tried again. */
 static void lose(struct connection *c) {
     int again = c->reused && !c->received;
     hang_up(c);
@@ -233,7 +235,7 @@ static void read_requests(const char *path, long first) {
 
 int main(int argc, char **argv) {
     if (argc != 9) {
-        fprintf(stderr, "usage: load PORT CONNECTIONS keep|new|hold FIRST COUNT PATIENCE_SECONDS REQUESTS ANSWERS\n");
+        fprintf(stderr, "usage: see the top of load.c\n");
         return 2;
     }
     server = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(atoi(argv[1]))};
@@ -279,7 +281,9 @@ int main(int argc, char **argv) {
         fail(argv[8]);
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
-    double cpu = usage.ru_utime.tv_sec + usage.ru_stime.tv_sec + (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
-    printf("{\"seconds\": %.6f, \"cpu\": %.6f, \"connections\": %ld, \"repeated\": %ld}\n", seconds, cpu, opened, repeated);
+    double cpu = usage.ru_utime.tv_sec + usage.ru_stime.tv_sec;
+    cpu += (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
+    printf("{\"seconds\": %.6f, \"cpu\": %.6f, ", seconds, cpu);
+    printf("\"connections\": %ld, \"repeated\": %ld}\n", opened, repeated);
     return 0;
 }

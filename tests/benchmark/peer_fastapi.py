@@ -1,9 +1,10 @@
-"""Peer: FastAPI on uvicorn, one worker, with httptools and uvloop, as their documentation shows it; no access log."""
+"""Peer: FastAPI on uvicorn, one worker, httptools, uvloop, as their documentation shows it; no access log."""
 
 import sys
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+
 from job import PATH, Job
 
 app = FastAPI()
@@ -21,5 +22,11 @@ async def receive(request: Request):
 
 if __name__ == "__main__":
     uvicorn.run(
-        app, host="127.0.0.1", port=int(sys.argv[1]), http="httptools", loop="uvloop", access_log=False, log_level="warning"
+        app,
+        host="127.0.0.1",
+        port=int(sys.argv[1]),
+        http="httptools",
+        loop="uvloop",
+        access_log=False,
+        log_level="warning",
     )

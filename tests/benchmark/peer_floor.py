@@ -1,4 +1,4 @@
-"""Peer: the floor. One thread, epoll, as little HTTP as gets an answer back; no receiver in Python can cost much less."""
+"""Peer: the floor. One thread, epoll, as little HTTP as gets an answer back: the least that Python costs."""
 
 import select
 import socket
@@ -41,7 +41,8 @@ def main(port):
                 if end < 0:
                     break
                 lines = buffer[:end].decode("latin-1").split("\r\n")[1:]
-                headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+                fields = [line.partition(":") for line in lines]
+                headers = {name.lower(): value.strip() for name, _, value in fields}
                 size = end + 4 + int(headers["content-length"])
                 if len(buffer) < size:
                     break

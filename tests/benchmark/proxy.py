@@ -1,4 +1,4 @@
-"""nginx in front of a server of the benchmark: with our configuration, made fit for a free port, or with the plainest."""
+"""nginx in front of a server of the benchmark: with our configuration, or with the plainest."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parse_directives(tokens):
 
 
 def adapt(directives, port, upstream):
-    """Take TLS, the limits of rate and number, and what leads to HTTPS out; put our ports in. Return the text."""
+    """Take out TLS, the limits of rate and number, and the redirect; put in our ports; return the text."""
     lines = []
     for words, block in directives:
         inner = {word[0]: word[1:] for word, _ in block or ()}
@@ -81,15 +81,17 @@ class Proxy:
         self.port = port
         http = PLAIN.format(port=port, upstream=upstream)
         if form == "ours":
-            tokens = [token for token in _TOKEN.findall(CONFIGURATION.read_text()) if not token.startswith("#")]
-            http = adapt(parse_directives(iter(tokens)), port, upstream)
+            tokens = _TOKEN.findall(CONFIGURATION.read_text())
+            directives = parse_directives(token for token in tokens if not token.startswith("#"))
+            http = adapt(directives, port, upstream)
             if f"127.0.0.1:{upstream}" not in http or f"listen 127.0.0.1:{port}" not in http:
                 raise SystemExit(f"{CONFIGURATION}: no upstream {UPSTREAM}, or no server on port 443")
         self.path = Path(folder) / "nginx.conf"
         self.path.write_text(MAIN.format(folder=folder, http=http))
 
     def __enter__(self):
-        self.process = subprocess.Popen(["nginx", "-e", self.path.parent / "nginx-start.log", "-c", self.path])
+        early = self.path.parent / "nginx-start.log"
+        self.process = subprocess.Popen(["nginx", "-e", early, "-c", self.path])
         deadline = time.monotonic() + 10
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5):
