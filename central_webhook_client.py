@@ -412,8 +412,8 @@ class StructuredField:
             return self.bare_item()._replace(parameters=self.parameters())
         items: list[Item] = []
         while not self.take(r"\)?")[0]:
-            if items and self.text[self.position - 1] != " ":
-                raise SignatureError("two items of an inner list stand without a space between")
+            if items and self.text[self.position - 1] != " " or len(items) == MAX_COMPONENTS:
+                raise SignatureError(f"an inner list has two items without a space between, or over {MAX_COMPONENTS}")
             items.append(self.bare_item()._replace(parameters=self.parameters()))
             self.take(" *")
         return Item(items, f"({' '.join(map(str, items))})", self.parameters())
@@ -503,8 +503,8 @@ def check_coverage(covered: Item, now: float) -> None:
     if not isinstance(covered.value, list) or not all(isinstance(item.value, str) for item in covered.value):
         raise SignatureError("a member of signature-input is no list of strings")
     names, values = {str(item)[1:-1] for item in covered.value}, {k: v.value for k, v in covered.parameters.items()}
-    if len(names) < len(covered.value) or len(names) > MAX_COMPONENTS:
-        raise SignatureError(f"a component is covered twice, or more than {MAX_COMPONENTS} are")
+    if len(names) < len(covered.value):
+        raise SignatureError("a component is covered twice")
     for name, value in values.items():
         if not isinstance(value, _SIGNATURE_PARAMETERS.get(name, ())):
             raise SignatureError(f"the signature parameter {name!r} is unknown or of the wrong type")
@@ -2426,7 +2426,8 @@ class LogHandler(logging.Handler):
 
 
 def fail(message: str, code: int) -> int:
-    """Say in one line why the program ends, and return its exit code."""
+    """Say in one line why the program ends, after what was logged before, and return its exit code."""
+    LOG.handlers[0].flush()
     print(f"{PROGRAM}: error: {escape_text(message)}", file=sys.stderr)
     return code
 
