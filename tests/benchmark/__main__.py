@@ -369,8 +369,10 @@ def measure_burst(bench, kinds):
 
 
 def measure_flat(bench, kinds):
-    """Memory after each of several bursts of 1,000 connections."""
-    bursts = 3 if bench.options.quick else 6
+    """Memory after each of several bursts of 1,000 connections; in the first round only, since it takes long."""
+    bursts = 3 if bench.options.quick else 12
+    if bench.samples["flat", "ours"]:
+        return
     file = bench.requests(f"{bursts} bursts", count=BURST * bursts)
     for kind in kinds([*bench.programs, "fastapi"]):
         with bench.server(kind, max_connections=2 * BURST) as server:
