@@ -81,7 +81,7 @@ RECEIVE_BYTES = 64 * 1024  # one recv takes a whole usual request: headers and b
 KEEP_ALIVE_SECONDS = 75.0  # above nginx's 60, so that nginx closes first and never meets a closed connection
 LISTEN_QUEUE = 1024  # socketserver's 5 loses most of a burst of connections
 LINGER_SECONDS = 2.0  # a refused sender is read from this long, so that it can read the answer
-MAX_LINGERING = 1024  # connections above max_connections that wait for that
+MAX_LINGERING = 1024  # refused connections that wait for that without a thread
 DRAIN_SECONDS = 10.0  # after SIGTERM: for requests in flight
 DRAIN_QUIET_SECONDS = 0.5  # after SIGTERM: for what is already on its way on a connection kept alive
 MAX_FUTURE_SECONDS = 15 * 60  # a sender's clock may be this much ahead
@@ -1745,7 +1745,9 @@ class Handler(BaseHTTPRequestHandler):
         extra += ("Connection: close",) if close else ()
         head_only = request is not None and request.method == "HEAD"
         self.request.sendall(encode_reply(int(time.time()), status, kind, body, head_only, *extra))
-        if close and (status != 200 or self.server.stopping):
+        if status == 408:
+            self.server.close_later(self.request)  # it has had its time: no thread waits for it any longer
+        elif close and (status != 200 or self.server.stopping):
             linger(self.request)
         return not close
 
@@ -1991,6 +1993,13 @@ class Receiver(ThreadingHTTPServer):
             request.setblocking(False)
             now, unavailable = int(time.time()), b'{"error": "unavailable"}'
             request.send(encode_reply(now, 503, JSON, unavailable, False, "Retry-After: 1", "Connection: close"))
+        self.close_later(request)
+
+    def close_later(self, request: Any) -> None:
+        """Give the sender the time to read its answer, without a thread that waits for it."""
+        self.connections.discard(request)
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
             request.shutdown(socket.SHUT_WR)
         if self.refused.qsize() < MAX_LINGERING:
             self.refused.put((request, time.monotonic() + LINGER_SECONDS))
@@ -1998,7 +2007,7 @@ class Receiver(ThreadingHTTPServer):
             request.close()
 
     def close_refused(self) -> None:
-        """Close those above max_connections once they have had the time to read their answer; see `linger`."""
+        """Close, one after the other, those whose time to read their answer is over; see `linger`."""
         while True:
             request, deadline = self.refused.get()
             time.sleep(max(0, deadline - time.monotonic()))
@@ -2015,9 +2024,10 @@ class Receiver(ThreadingHTTPServer):
                 self.idle_workers += 1
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
-        request.close()
-        self.connections.discard(request)
+        """Close a connection, unless it is to be closed later."""
+        if request in self.connections:
+            request.close()
+            self.connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report a bug of ours in one line, with its place; --verbose adds the traceback."""
@@ -2027,7 +2037,7 @@ class Receiver(ThreadingHTTPServer):
         LOG.error("internal error: %r (line %s)", error, trace and trace.tb_lineno, exc_info=True)
 
     def service_actions(self) -> None:
-        """Called by the accept loop about twice a second."""
+        """Called by the accept loop several times a second."""
         self.rejections.sum_up()
 
     def peer_of(self, client_address: Any, request: Optional[Request]) -> str:
@@ -2262,7 +2272,7 @@ def reload_config(receiver: Receiver, path: str) -> None:
 
 def serve(receiver: Receiver, path: str, events: queue.SimpleQueue[int]) -> int:
     """Serve until a signal says stop, or nobody reads stdout; finish what is in flight; return the exit code."""
-    threading.Thread(target=receiver.serve_forever, name="accept", daemon=True).start()
+    threading.Thread(target=receiver.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     notify("READY=1")
     while not receiver.outputs.gone.is_set():
         with contextlib.suppress(queue.Empty):

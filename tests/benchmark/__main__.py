@@ -369,7 +369,7 @@ def measure_burst(bench, kinds):
 
 
 def measure_flat(bench, kinds):
-    """Memory after each of several bursts of 1,000 connections; in the first round only, since it takes long."""
+    """Memory after each of several bursts of 1,000 connections; once, in the first round."""
     bursts = 3 if bench.options.quick else 12
     if bench.samples["flat", "ours"]:
         return
@@ -499,7 +499,7 @@ def table_of(bench):
             cells.append("" if against is None else f"{against:.2f}")
         values = [statistics.median(values) if values else None for values in samples.values()]
         lines.append(cells + ["" if value is None else f"{value:,.{row.digits}f}" for value in values])
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return ["| " + " | ".join(line) + " |" for line in lines] if lines[2:] else []
 
 
 OUTCOMES = ("200", "503", "lost", "peak")
