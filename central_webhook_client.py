@@ -184,7 +184,7 @@ def verify_signature(
         raise SignatureError("missing or empty: " + ", ".join(missing))
     try:
         received = headers[scheme.header].encode("latin-1")
-        signed = b"".join([body, *(headers[name].encode("latin-1") for name in scheme.signed_headers)])
+        signed = body + "".join([headers[name] for name in scheme.signed_headers]).encode("latin-1")
     except UnicodeEncodeError:
         raise SignatureError("a signed header is not ISO-8859-1") from None
     for position, token in enumerate(tokens):
@@ -703,6 +703,7 @@ _ISO_8601 = re.compile(
 _EPOCH = re.compile(r"([0-9]{9,11}(?:\.[0-9]{1,9})?)|([0-9]{12,14})")
 
 
+@functools.lru_cache(maxsize=64)  # the alerts of a burst share their seconds
 def parse_delivery_timestamp(text: str) -> Optional[float]:
     """Return the epoch seconds of an X-Central-Delivery-Timestamp, None if it is not understood.
 
@@ -907,9 +908,15 @@ Render = Optional[Callable[[Delivery], str]]  # how stdout shows a delivery; Non
 class Entry:
     """A delivery on its way to the outputs: what to write, until when (monotonic seconds), and what came of it."""
 
-    def __init__(self, shown: bytes, log_line: bytes, deadline: float) -> None:
-        self.shown, self.log_line, self.deadline = shown, log_line, deadline
+    __slots__ = ("deadline", "failure", "key", "line", "shown")
+
+    def __init__(self, shown: bytes, line: bytes, key: Optional[str], deadline: float) -> None:
+        self.shown, self.line, self.key, self.deadline = shown, line, key, deadline
         self.failure: Optional[str] = None  # "" once it is kept
+
+    def log_line(self) -> bytes:
+        """Return the line for the log: that of `render_json`, with the key."""
+        return b'%b, "key": %b}\n' % (self.line, quote(self.key).encode() if self.key else b"null")
 
 
 class Outputs:
@@ -942,23 +949,26 @@ class Outputs:
         self.cut_to: Optional[int] = None
         self.log = open_log(log_file) if log_file else None
 
-    def keep(self, shown: bytes, log_line: bytes) -> None:
-        """Write a delivery to stdout and then to the log, there on disk.
+    def keep(self, shown: bytes, line: bytes, key: Optional[str]) -> None:
+        """Write a delivery to stdout, and then its line and key to the log, there on disk.
 
         Raises:
             OutputError: that could not be done in time. The log does not have it, stdout may.
         """
-        entry = Entry(shown, log_line, time.monotonic() + self.patience_seconds)
-        self.waiting.append(entry)
-        if not self.turn.acquire(timeout=self.patience_seconds):
-            try:
-                self.waiting.remove(entry)
-                raise OutputError(f"stuck for {self.patience_seconds:g} s")
-            except ValueError:  # it is being written at this moment, so the outcome is not ours to decide
-                self.turn.acquire()
+        entry = Entry(shown, line, key, time.monotonic() + self.patience_seconds)
+        batch = [entry]
+        if not self.turn.acquire(blocking=False):
+            batch = []
+            self.waiting.append(entry)
+            if not self.turn.acquire(timeout=self.patience_seconds):
+                try:
+                    self.waiting.remove(entry)
+                    raise OutputError(f"stuck for {self.patience_seconds:g} s")
+                except ValueError:  # it is being written at this moment, so the outcome is not ours to decide
+                    self.turn.acquire()
         try:
             if entry.failure is None:
-                self.write_waiting()
+                self.write_batch(batch)
         finally:
             self.turn.release()
         if entry.failure != "":
@@ -968,19 +978,20 @@ class Outputs:
         """Tell whether the last attempt has failed, or the present one takes too long."""
         return bool(self.failing) or time.monotonic() - self.started > self.patience_seconds
 
-    def write_waiting(self) -> None:
-        """Write all that waits, as one batch that succeeds or fails as a whole. Needs `turn`."""
-        batch: list[Entry] = []
-        with contextlib.suppress(IndexError):  # until nobody waits; who gives up takes its entry away meanwhile
-            while True:
+    def write_batch(self, batch: list[Entry]) -> None:
+        """Write a batch and all that waits, which succeeds or fails as a whole. Needs `turn`."""
+        try:
+            while self.waiting:
                 batch.append(self.waiting.popleft())
+        except IndexError:
+            pass  # who gives up takes its entry away meanwhile
         if not batch:
             return
         failure, self.started = "not written", time.monotonic()
         try:
             self.write_stdout(b"".join([entry.shown for entry in batch]), batch[0].deadline)
             if self.log is not None:
-                self.append_log(self.log, b"".join([entry.log_line for entry in batch]))
+                self.append_log(self.log, b"".join([entry.log_line() for entry in batch]))
             failure = ""
         except OutputError as error:
             failure = str(error)
@@ -1576,16 +1587,16 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
         raise Refusal("malformed", "a header field has control characters or a line without CRLF")
     if len(lines) > MAX_HEADER_FIELDS:
         raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
-    try:
-        pairs = [line.split(":", 1) for line in lines]
-        values = {parse_field_name(name): value.strip(" \t") for name, value in pairs}
-    except ValueError:
-        raise Refusal("malformed", "a header field has no colon") from None
-    names = [name.lower() for name, _ in pairs] if len(values) < len(pairs) else []
-    repeated = frozenset(name for name in names if names.count(name) > 1)
-    for name in repeated:
-        values[name] = ", ".join([pair[1].strip(" \t") for pair in pairs if pair[0].lower() == name])
-    return values, repeated
+    values: dict[str, str] = {}
+    repeated = []
+    for line in lines:
+        name, colon, value = line.partition(":")
+        name, value = parse_field_name(name if colon else ""), value.strip(" \t")
+        if name in values:
+            repeated.append(name)
+            value = f"{values[name]}, {value}"
+        values[name] = value
+    return values, frozenset(repeated)
 
 
 def parse_head(head: bytes) -> Request:
@@ -1774,11 +1785,12 @@ class Handler(BaseHTTPRequestHandler):
             if may_be_empty and self.buffer.startswith(b"\r\n", self.start):  # RFC 9112 section 2.2: before a request
                 self.start, known, may_be_empty = self.start + 2, 0, False
             end = self.buffer.find(b"\r\n\r\n", self.start + max(0, known - 3))
-            line_end = self.buffer.find(b"\r\n", self.start) % (len(self.buffer) + 1)  # -1: all of it
-            if line_end - self.start - self.buffer.endswith(b"\r") > MAX_REQUEST_LINE_BYTES:
-                raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
-            if end % (len(self.buffer) + 1) - line_end > MAX_HEADER_BYTES:
-                raise Refusal("headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes")
+            if not 0 <= end <= self.start + MAX_REQUEST_LINE_BYTES:  # the usual request is below all limits
+                line_end = self.buffer.find(b"\r\n", self.start) % (len(self.buffer) + 1)  # -1: all of it
+                if line_end - self.start - self.buffer.endswith(b"\r") > MAX_REQUEST_LINE_BYTES:
+                    raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
+                if end % (len(self.buffer) + 1) - line_end > MAX_HEADER_BYTES:
+                    raise Refusal("headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes")
             if end >= 0:
                 head, self.start = self.buffer[self.start : end + 2], end + 4
                 return parse_head(head)
@@ -2095,7 +2107,7 @@ class Receiver(ThreadingHTTPServer):
             handle_alert(delivery)
             line = render_json(delivery).encode()
             shown = self.render(delivery).encode(errors="backslashreplace") if self.render else line + b"}\n"
-            self.outputs.keep(shown, b'%b, "key": %b}\n' % (line, quote(key).encode() if key else b"null"))  # kept
+            self.outputs.keep(shown, line, key)  # kept
             kept = True
         except Exception as error:
             reason = "output" if isinstance(error, OutputError) else "handler"
@@ -2209,14 +2221,16 @@ def fetch_json(url: str, seconds: float) -> dict[str, Any]:
         OSError, ValueError, http.client.HTTPException: it cannot be had.
     """
     connection, target = connect_to(url, seconds)
-
-    def hang_up() -> None:  # the connection's own time-out begins anew with every byte
-        with contextlib.suppress(OSError, AttributeError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
-
-    watchdog = threading.Timer(seconds, hang_up)
-    watchdog.daemon = True
     with contextlib.closing(connection):
+        connection.connect()
+        opened = connection.sock
+
+        def hang_up() -> None:  # the socket's own time-out begins anew with every byte
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+
+        watchdog = threading.Timer(seconds, hang_up)
+        watchdog.daemon = True
         watchdog.start()
         try:
             connection.request("GET", target, headers={"Accept": JSON})

@@ -4,7 +4,6 @@ import sys
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-
 from job import PATH, Job
 
 app = FastAPI()
