@@ -362,8 +362,8 @@ class Limits(FaultCase):
         ]
         with Receiver(self.config(request_timeout_seconds=5)) as receiver:
             self.assertEqual(receiver.post(body, central_headers(body)).status, 200)
-            before, end = self.descriptors(receiver), time.monotonic() + 20
-            for _ in range(20):
+            before, end = self.descriptors(receiver), time.monotonic() + 40
+            for _ in range(100 if os.environ.get("CI") else 20):  # a hundred connections each
                 self.assertLess(time.monotonic(), end, "it accepts too slowly")
                 opened = []
                 for _, data, is_reset in kinds * 10:
