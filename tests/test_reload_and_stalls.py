@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,3 +152,43 @@ class Cost(unittest.TestCase):
             used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
             self.assertLess(used, 10, f"{used} s for 20 requests")
 
+
+
+class OddInput(unittest.TestCase):
+    def ended(self, config, *arguments):
+        """Return exit code and stderr lines of a receiver that ends by itself."""
+        receiver = Receiver(config, arguments)
+        try:
+            code = receiver.process.wait(10)
+        finally:
+            receiver.__exit__()
+        return code, receiver.stderr_lines
+
+    def test_odd_settings_are_refused_in_one_line(self):
+        new_central = {"type": "new-central", "token": TOKEN, "public_url": "https://example.com/health"}
+        odd_key = hook("a", api_key={"header": "x-key", "value": "SECRET\nKEY"})
+        host = config_of()
+        host["webclient_info"]["host"] = "a..b"
+        for code, config, arguments in (
+            (1, host, ()),
+            (1, config_of(log_file="."), ("--check-config",)),
+            (78, config_of(webhook=new_central), ("--check-config",)),
+            (78, config_of(webhook=odd_key), ("--check-config",)),
+        ):
+            with self.subTest(config=config):
+                ended, lines = self.ended(config, *arguments)
+                self.assertEqual((ended, len(lines)), (code, 1), lines)
+                self.assertTrue(lines[0].startswith("central_webhook_client.py: error: "))
+                self.assertNotIn("SECRET", lines[0])
+
+    def test_an_empty_line_before_a_request_may_come_in_two_parts(self):
+        with Receiver() as receiver, receiver.connect() as connection:
+            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.send(raw_request("GET", "/health", length=False))
+            self.assertEqual(connection.read().status, 200)
+            connection.send(b"\r")
+            with receiver.connect() as other:  # answered after the first part has arrived
+                other.send(raw_request("GET", "/health", length=False))
+                self.assertEqual(other.read().status, 200)
+            connection.send(b"\n" + raw_request("GET", "/health", length=False))
+            self.assertEqual(connection.read().status, 200)
