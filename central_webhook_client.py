@@ -35,6 +35,7 @@ import base64
 import binascii
 import collections
 import contextlib
+import copy
 import difflib
 import email.utils
 import errno
@@ -51,6 +52,7 @@ import os
 import queue
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -80,6 +82,7 @@ MAX_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which nobody us
 RECEIVE_BYTES = 64 * 1024  # one recv takes a whole usual request: headers and body
 KEEP_ALIVE_SECONDS = 75.0  # above nginx's 60, so that nginx closes first and never meets a closed connection
 LISTEN_QUEUE = 1024  # socketserver's 5 loses most of a burst of connections
+ACCEPTED_AT_ONCE = 64  # connections, before those that are open already have their turn
 LINGER_SECONDS = 2.0  # a refused sender is read from this long, so that it can read the answer
 MAX_LINGERING = 1024  # refused connections that wait for that without a thread
 DRAIN_SECONDS = 10.0  # after SIGTERM: for requests in flight
@@ -179,12 +182,12 @@ def verify_signature(
         SignatureError: a header is missing or empty, or no token matches.
         ValueError: a token is empty, so that anybody could sign.
     """
-    missing = [name for name in (scheme.header, *scheme.signed_headers) if not headers.get(name)]
-    if missing:
-        raise SignatureError("missing or empty: " + ", ".join(missing))
+    names = (scheme.header, *scheme.signed_headers)
+    values = [headers.get(name, "") for name in names]
+    if "" in values:
+        raise SignatureError("missing or empty: " + ", ".join(name for name in names if not headers.get(name)))
     try:
-        received = headers[scheme.header].encode("latin-1")
-        signed = body + "".join([headers[name] for name in scheme.signed_headers]).encode("latin-1")
+        received, signed = values[0].encode("latin-1"), body + "".join(values[1:]).encode("latin-1")
     except UnicodeEncodeError:
         raise SignatureError("a signed header is not ISO-8859-1") from None
     for position, token in enumerate(tokens):
@@ -209,20 +212,28 @@ HEADER_SIGNATURES = {  # a sender of this kind is one line: header, prefix, enco
 TYPES = (*HEADER_SIGNATURES, "new-central")
 
 
-class Request(NamedTuple):
-    """One HTTP request, its framing checked and nothing else: not yet trusted.
+class Request:
+    """One HTTP request, its framing checked and nothing else: not yet trusted. No tuple, since the body comes last.
 
     `headers` has lower-case names; values of a name that occurs several times are joined with ", " (RFC 9110 section
-    5.3), and the name is in `repeated` too. Text is decoded as ISO-8859-1, so that it encodes back.
+    5.3), and the name is in `repeated` too. `query` is what follows "?", None without "?". Text is decoded as
+    ISO-8859-1, so that it encodes back.
     """
 
-    method: str
-    path: str
-    query: Optional[str]  # what follows "?", None without "?"
-    version: str
-    headers: dict[str, str]
-    repeated: frozenset[str]
-    body: bytes = b""
+    __slots__ = ("body", "headers", "method", "path", "query", "repeated", "version")
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        query: Optional[str],
+        version: str,
+        headers: dict[str, str],
+        repeated: frozenset[str],
+        body: bytes = b"",
+    ) -> None:
+        self.method, self.path, self.query, self.version = method, path, query, version
+        self.headers, self.repeated, self.body = headers, repeated, body
 
 
 class ApiKey(NamedTuple):
@@ -231,14 +242,6 @@ class ApiKey(NamedTuple):
     place: str  # "header" or "field"
     name: str  # of the header in lower case, or of the field
     values: tuple[str, ...]
-
-
-def check_header_signature(request: Request, tokens: Sequence[str], scheme: HeaderSignature) -> int:
-    """Verify as `verify_signature`, and that no header of the scheme, nor any X-Central header, occurs twice."""
-    for name in request.repeated:
-        if name == scheme.header or scheme.signed_headers and name.startswith("x-central-"):
-            raise SignatureError(name + " occurs more than once")
-    return verify_signature(request.body, request.headers, tokens, scheme)
 
 
 def check_api_key(request: Request, api_key: ApiKey) -> None:
@@ -296,7 +299,9 @@ def json_text(body: bytes) -> Optional[str]:
     """Return the body as text if it is JSON in UTF-8 (RFC 8259), None otherwise."""
     try:
         text = body.decode()
-        _VALIDATOR.decode(text)
+        json_only = text.strip(" \t\r\n")
+        if _VALIDATOR.raw_decode(json_only)[1] < len(json_only):
+            return None
     except (ValueError, RecursionError):
         return None
     return text
@@ -906,24 +911,22 @@ Render = Optional[Callable[[Delivery], str]]  # how stdout shows a delivery; Non
 
 
 class Entry:
-    """A delivery on its way to the outputs: what to write, until when (monotonic seconds), and what came of it."""
+    """An accepted delivery on its way to the outputs: what to write, until when (monotonic seconds), whom to answer."""
 
-    __slots__ = ("deadline", "failure", "key", "line", "shown")
+    __slots__ = ("deadline", "failure", "handler", "keys", "logged", "request", "shown", "webhook")
 
-    def __init__(self, shown: bytes, line: bytes, key: Optional[str], deadline: float) -> None:
-        self.shown, self.line, self.key, self.deadline = shown, line, key, deadline
-        self.failure: Optional[str] = None  # "" once it is kept
-
-    def log_line(self) -> bytes:
-        """Return the line for the log: that of `render_json`, with the key."""
-        return b'%b, "key": %b}\n' % (self.line, quote(self.key).encode() if self.key else b"null")
+    def __init__(self, shown: str, logged: str, webhook: Webhook, keys: tuple[bytes, ...], request: Request) -> None:
+        self.shown, self.logged = shown.encode(), logged.encode()
+        self.webhook, self.keys, self.request = webhook, keys, request
+        self.handler: Handler
+        self.deadline, self.failure = math.inf, "not written"
 
 
 class Outputs:
     """stdout and the log file. A class because deliveries that arrive together share one write and one sync.
 
-    Whoever holds `turn` writes for all who wait (group commit): one alone waits for nobody, and while one batch goes to
-    the disk the next one gathers. Always true: the log ends with a whole line, or `cut_to` says where the last ends.
+    Whoever holds `turn` writes all that is `waiting` (group commit): while one batch goes to the disk, the next one
+    gathers. Always true: the log ends with a whole line, or `cut_to` says where the last whole one ends.
     """
 
     def __init__(self, log_file: Optional[str], patience_seconds: float) -> None:
@@ -934,6 +937,7 @@ class Outputs:
         self.failing = ""  # why, while the last attempt has failed
         self.started = math.inf  # monotonic seconds, while one is under way
         self.gone = threading.Event()  # nobody reads stdout any more
+        self.before_waiting: Callable[[], None] = lambda: None  # called by a thread that is about to wait
         try:
             can_block = not stat.S_ISREG(os.fstat(STDOUT).st_mode)
         except OSError as error:
@@ -949,49 +953,30 @@ class Outputs:
         self.cut_to: Optional[int] = None
         self.log = open_log(log_file) if log_file else None
 
-    def keep(self, shown: bytes, line: bytes, key: Optional[str]) -> None:
-        """Write a delivery to stdout, and then its line and key to the log, there on disk.
-
-        Raises:
-            OutputError: that could not be done in time. The log does not have it, stdout may.
-        """
-        entry = Entry(shown, line, key, time.monotonic() + self.patience_seconds)
-        batch = [entry]
-        if not self.turn.acquire(blocking=False):
-            batch = []
-            self.waiting.append(entry)
-            if not self.turn.acquire(timeout=self.patience_seconds):
-                try:
-                    self.waiting.remove(entry)
-                    raise OutputError(f"stuck for {self.patience_seconds:g} s")
-                except ValueError:  # it is being written at this moment, so the outcome is not ours to decide
-                    self.turn.acquire()
-        try:
-            if entry.failure is None:
-                self.write_batch(batch)
-        finally:
-            self.turn.release()
-        if entry.failure != "":
-            raise OutputError(entry.failure or "not written")
-
     def has_failed(self) -> bool:
         """Tell whether the last attempt has failed, or the present one takes too long."""
         return bool(self.failing) or time.monotonic() - self.started > self.patience_seconds
 
-    def write_batch(self, batch: list[Entry]) -> None:
-        """Write a batch and all that waits, which succeeds or fails as a whole. Needs `turn`."""
+    def write_waiting(self) -> list[Entry]:
+        """Write all that waits to stdout, and then to the log, there on disk; return it. Needs `turn`.
+
+        It succeeds or fails as a whole: the `failure` of each is "", or why the log does not have it; stdout may.
+        """
+        batch: list[Entry] = []
         try:
             while self.waiting:
                 batch.append(self.waiting.popleft())
         except IndexError:
-            pass  # who gives up takes its entry away meanwhile
+            pass  # whose time is over has been taken away meanwhile
         if not batch:
-            return
+            return batch
         failure, self.started = "not written", time.monotonic()
         try:
+            if self.log is not None:
+                self.before_waiting()
             self.write_stdout(b"".join([entry.shown for entry in batch]), batch[0].deadline)
             if self.log is not None:
-                self.append_log(self.log, b"".join([entry.log_line() for entry in batch]))
+                self.append_log(self.log, b"".join([entry.logged for entry in batch]))
             failure = ""
         except OutputError as error:
             failure = str(error)
@@ -1001,6 +986,7 @@ class Outputs:
             self.failing, self.started = failure, math.inf
             for entry in batch:
                 entry.failure = failure
+        return batch
 
     def write_stdout(self, data: bytes, deadline: float) -> None:
         """Write to stdout; raise OutputError if its reader takes nothing until `deadline`, or is gone."""
@@ -1008,13 +994,15 @@ class Outputs:
         size = select.PIPE_BUF if self.poll else len(data)  # as much never blocks once poll says "ready"
         try:
             while start < len(data):
-                wait = max(0, int(1000 * (deadline - time.monotonic())))
-                if self.poll and not self.poll.poll(wait):
-                    raise OutputError(f"stdout: its reader has taken nothing for {self.patience_seconds:g} s")
+                if self.poll and not self.poll.poll(0):
+                    self.before_waiting()
+                    if not self.poll.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+                        raise OutputError(f"stdout: its reader has taken nothing for {self.patience_seconds:g} s")
                 try:
                     start += os.write(self.stdout, data[start : start + size])
                 except BlockingIOError:
-                    if not wait:
+                    self.before_waiting()
+                    if time.monotonic() >= deadline:
                         raise OutputError("stdout: its reader is too slow") from None
                     time.sleep(0.01)
         except OSError as error:
@@ -1482,9 +1470,12 @@ def check_signature(webhook: Webhook, request: Request, now: float) -> tuple[int
     """Check the signature; return the token's position and the signed time (epoch seconds). Raises SignatureError."""
     if webhook.public_url:
         return verify_message_signature(request, webhook.tokens, webhook.public_url, now)
-    token = check_header_signature(request, webhook.tokens, HEADER_SIGNATURES[webhook.type])
-    sent_at = request.headers[CENTRAL.signed_headers[2]] if webhook.type == "central" else ""
-    return token, parse_delivery_timestamp(sent_at)
+    headers, scheme = request.headers, HEADER_SIGNATURES[webhook.type]
+    for name in request.repeated:
+        if name == scheme.header or scheme is CENTRAL and name.startswith("x-central-"):
+            raise SignatureError(name + " occurs more than once")
+    token = verify_signature(request.body, headers, webhook.tokens, scheme)
+    return token, parse_delivery_timestamp(headers[scheme.signed_headers[2]]) if scheme is CENTRAL else None
 
 
 def check_webhook(webhook: Webhook, request: Request, now: float) -> Proof:
@@ -1546,7 +1537,9 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
         ]
         for hint, tokens, body in attempts:
             with contextlib.suppress(SignatureError):
-                check_signature(webhook._replace(tokens=tuple(tokens)), request._replace(body=body), time.time())
+                changed = copy.copy(request)
+                changed.body = body
+                check_signature(webhook._replace(tokens=tuple(tokens)), changed, time.time())
                 return hint
         with contextlib.suppress(SignatureError):
             verify_signature(request.body, request.headers, webhook.tokens, CENTRAL._replace(signed_headers=()))
@@ -1580,7 +1573,8 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     Raises:
         Refusal: malformed, headers_too_large.
     """
-    lines = fields.decode("latin-1").split("\r\n")[:-1]
+    lines = fields.decode("latin-1").split("\r\n")
+    lines.pop()
     # Security: nothing but text and whole line ends. Bare CR or LF, NUL, folded lines and white space before the colon
     # are read differently by different programs: that is how requests are smuggled past a proxy.
     if fields.translate(None, _FIELD_BYTES) != b"\r\n" * len(lines):
@@ -1599,6 +1593,27 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     return values, frozenset(repeated)
 
 
+@functools.lru_cache(maxsize=64)
+def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
+    """Return method, path, query and version of a request line (RFC 9112 section 3).
+
+    Raises:
+        Refusal: malformed, version.
+    """
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Refusal("malformed", "the request line is malformed")
+    method, target, version = match[0].decode().split(" ")
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        raise Refusal("version", f"{version}, expected HTTP/1.0 or HTTP/1.1")
+    if target[0] != "/" and "://" in target:  # section 3.2.2: the absolute form must be accepted
+        target = re.sub("^[^:]+://[^/?]*/?", "/", target)
+    if target[0] != "/":
+        raise Refusal("malformed", "the target of the request is no path")
+    path, mark, query = target.partition("?")
+    return method, path, query if mark else None, version
+
+
 def parse_head(head: bytes) -> Request:
     """Parse a request line and the header fields, each ended with CRLF, without the empty line (RFC 9112).
 
@@ -1606,22 +1621,12 @@ def parse_head(head: bytes) -> Request:
         Refusal: malformed, version, headers_too_large.
     """
     line, _, fields = head.partition(b"\r\n")
-    match = _REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise Refusal("malformed", "the request line is malformed")
-    method, target, version = match[0].decode().split(" ")
-    if version not in ("HTTP/1.1", "HTTP/1.0"):
-        raise Refusal("version", f"{version}, expected HTTP/1.0 or HTTP/1.1")
+    method, path, query, version = parse_request_line(line)
     headers, repeated = parse_fields(fields)
     host = headers.get("host")
     if host is None and version == "HTTP/1.1" or "host" in repeated or not _HOST.fullmatch(host or ""):
         raise Refusal("malformed", "Host is missing, malformed or there twice")
-    if target[0] != "/" and "://" in target:  # RFC 9112 section 3.2.2: the absolute form must be accepted
-        target = re.sub("^[^:]+://[^/?]*/?", "/", target)
-    if target[0] != "/":
-        raise Refusal("malformed", "the target of the request is no path")
-    path, mark, query = target.partition("?")
-    return Request(method, path, query if mark else None, version, headers, repeated)
+    return Request(method, path, query, version, headers, repeated)
 
 
 def parse_framing(request: Request, max_body_bytes: int) -> Optional[int]:
@@ -1645,10 +1650,10 @@ def parse_framing(request: Request, max_body_bytes: int) -> Optional[int]:
     length = "0" if length is None else length
     if not (length.isascii() and length.isdigit()):
         raise Refusal("malformed", "Content-Length is not one number")
-    digits = length.lstrip("0") or "0"
-    if len(digits) > 18 or int(digits) > max_body_bytes:
+    size = int(length) if len(length) < 20 else int(length.lstrip("0")[:20] or "0")  # Python refuses very long numbers
+    if size > max_body_bytes:
         raise Refusal("body_too_large", f"Content-Length is above max_body_bytes, {max_body_bytes}")
-    return int(digits)
+    return size
 
 
 @functools.lru_cache(maxsize=16)
@@ -1673,6 +1678,7 @@ def encode_reply(second: int, status: int, kind: str, body: bytes, head_only: bo
 class Handler(BaseHTTPRequestHandler):
     """One connection: reads its requests one after the other, answers each with one send.
 
+    It reads and writes as if it had a thread of its own, and has one as soon as it must wait: see `Receiver.step_down`.
     Always true: `buffer` from `start` on is what was received and not consumed. BaseHTTPRequestHandler's own reading is
     not used: it is lenient where we must be strict, has no total deadline, and costs four times the time.
     """
@@ -1681,70 +1687,149 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Begin with an empty buffer; no file objects around the socket."""
-        self.buffer, self.start, self.patience = b"", 0, -1.0
+        self.request.setblocking(False)
+        self.buffer, self.start, self.is_new, self.is_lingering, self.is_away = b"", 0, True, False, True
+        self.entry: Optional[Entry] = None  # of the delivery that is being kept
+        self.deadline = time.monotonic() + self.server.config.request_timeout_seconds
+        self.is_superfluous = len(self.server.connections) >= self.server.config.max_connections
+        self.server.connections.add(self)
 
     def finish(self) -> None:
         """Nothing is buffered, so nothing is flushed."""
 
     def handle(self) -> None:
-        """Serve the requests of the connection until either side closes it."""
-        server, patience = self.server, self.server.config.request_timeout_seconds
-        deadline = time.monotonic() + patience
-        with contextlib.suppress(OSError):  # the sender is gone, or has sent nothing for long: nobody to tell
-            try:
-                more = self.receive(patience)
-            except socket.timeout:
-                more = self.refuse(Refusal("timeout", "no request on a new connection"), None, ())
-            while more:
-                server.busy.add(self)
-                try:
-                    more = self.handle_request(deadline)
-                finally:
-                    server.busy.discard(self)
-                more = more and (self.start < len(self.buffer) or self.receive(KEEP_ALIVE_SECONDS))
-                deadline = time.monotonic() + server.config.request_timeout_seconds
+        """Serve what has arrived; then let the connection wait for more, or close it."""
+        self.serve(self.receive)
 
-    def receive(self, patience: float) -> bool:
-        """Add to the buffer what arrives within `patience` seconds; False at the end of the stream."""
-        if patience != self.patience:  # each change is a system call
-            self.request.settimeout(max(patience, 0.001))
-            self.patience = patience
-        data = self.request.recv(RECEIVE_BYTES)
+    def serve(self, first: Callable[[], bool]) -> None:
+        """Do something with the connection, which returns whether it goes on, and serve what else has arrived."""
+        goes_on = False
+        try:
+            goes_on = first() and self.serve_buffer()
+        except OSError:
+            self.is_lingering = False  # the sender is gone: nobody to tell
+        except Exception:
+            self.is_lingering = False
+            self.server.handle_error(self.request, self.client_address)
+        if self.entry:
+            self.server.outputs.waiting.append(self.entry)  # from now on another thread may go on with the connection
+        else:
+            self.server.wait_or_close(self, goes_on or self.is_lingering)
+
+    def receive(self) -> bool:
+        """Add what has arrived to the buffer; return whether the connection goes on."""
+        if self.is_superfluous:
+            self.is_superfluous, most = False, self.server.config.max_connections
+            return self.refuse(Refusal("overload", f"more than max_connections, {most}"), None, ())
+        try:
+            data = self.request.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return True
+        if self.is_lingering:
+            self.is_lingering = bool(data)
+            return False
         self.buffer, self.start = self.buffer[self.start :] + data, 0
         return bool(data)
 
-    def receive_more(self, deadline: float) -> None:
-        """Add more of a request that has begun. Raises Refusal when its time is over, or the stream."""
-        try:
-            if not self.receive(deadline - time.monotonic()):
-                raise Refusal("malformed", "the connection ended within the request")
-        except socket.timeout:
-            pass
-        if time.monotonic() >= deadline:
-            raise Refusal("timeout", "the request was not complete in time")
+    def serve_buffer(self) -> bool:
+        """Serve the requests in the buffer, one after the other; return whether the connection goes on."""
+        while not self.entry:
+            ahead = self.buffer[self.start : self.start + 2]
+            if ahead == b"\r\n":  # RFC 9112 section 2.2: an empty line before a request is passed over
+                self.start += 2
+            elif ahead in (b"", b"\r"):
+                break
+            elif not self.handle_request():
+                return False
+        return True
 
-    def handle_request(self, deadline: float) -> bool:
+    def answer(self) -> bool:
+        """Answer a delivery that has been kept, or has not; return whether another request may follow."""
+        entry, self.entry = self.entry, None
+        assert entry
+        server, webhook = self.server, entry.webhook
+        webhook.memory.settle(entry.keys, kept=not entry.failure)
+        try:
+            if entry.failure:
+                return self.refuse(Refusal("output", entry.failure, webhook.name), entry.request, (webhook,))
+            server.metrics.count(webhook.name, "accepted", len(entry.request.body), time.time())
+            return self.reply(entry.request, 200, b'{"status": "ok"}')
+        finally:
+            server.busy.discard(self)
+
+    def expire(self) -> bool:
+        """End a connection that has waited for too long."""
+        if self.is_new and not self.is_lingering:
+            return self.refuse(Refusal("timeout", "no request on a new connection"), None, ())
+        self.is_lingering = False
+        return False
+
+    def linger(self) -> None:
+        """Read and drop what still comes, for a while, and no longer count: to close with unread data is to reset the
+        connection, which loses the answer."""
+        self.server.connections.discard(self)
+        self.request.shutdown(socket.SHUT_WR)
+        self.is_lingering = len(self.server.watched) < self.server.config.max_connections + MAX_LINGERING
+        self.deadline = time.monotonic() + LINGER_SECONDS
+
+    def receive_more(self) -> None:
+        """Add more of a request that has begun. Raises Refusal when its time is over, or the stream."""
+        data: Optional[bytes] = None
+        try:
+            data = self.request.recv(RECEIVE_BYTES)
+        except BlockingIOError:  # it is still on its way
+            self.server.step_down()
+            with contextlib.suppress(socket.timeout):
+                self.request.settimeout(max(self.deadline - time.monotonic(), 0.001))
+                data = self.request.recv(RECEIVE_BYTES)
+            self.request.setblocking(False)
+        if data is None or time.monotonic() >= self.deadline:
+            raise Refusal("timeout", "the request was not complete in time")
+        if not data:
+            raise Refusal("malformed", "the connection ended within the request")
+        self.buffer, self.start = self.buffer[self.start :] + data, 0
+
+    def send(self, data: bytes) -> None:
+        """Send all of `data`; a sender that does not read its answers is waited for like a request."""
+        try:
+            sent = self.request.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            self.server.step_down()
+            self.request.settimeout(self.server.config.request_timeout_seconds)
+            self.request.sendall(data[sent:])
+            self.request.setblocking(False)
+
+    def handle_request(self) -> bool:
         """Read one request and answer it; return whether another may follow."""
         server, config = self.server, self.server.config
         request: Optional[Request] = None
         webhooks: Sequence[Webhook] = ()
+        if not self.is_new:
+            self.deadline = time.monotonic() + config.request_timeout_seconds
+        self.is_new = False
+        server.busy.add(self)
         try:
-            request = self.read_head(deadline)
+            request = self.read_head()
             length = parse_framing(request, config.max_body_bytes)
             webhooks = server.route(request)
-            expects = request.headers.get("expect", "").lower() == "100-continue" and request.version == "HTTP/1.1"
-            if expects and length != 0:
-                self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            body = self.read_chunked(deadline) if length is None else self.read_body(length, deadline)
-            request = Request(*request[:6], body)
-            if webhooks:
-                answer = server.accept(request, webhooks, time.time())
-                if LOG.isEnabledFor(logging.DEBUG):
-                    LOG.debug("200 to %s: %s", server.peer_of(self.client_address, request), answer.decode())
-                return self.reply(request, 200, answer)
-            return self.reply(request, *server.own_answer(request.path))
+            expects = "expect" in request.headers and request.headers["expect"].lower() == "100-continue"
+            if expects and request.version == "HTTP/1.1" and length != 0:
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.body = self.read_chunked() if length is None else self.read_body(length)
+            if not webhooks:
+                return self.reply(request, *server.own_answer(request.path))
+            self.entry = server.accept(request, webhooks, time.time())
+            if self.entry:
+                self.entry.handler, self.entry.deadline = self, time.monotonic() + server.outputs.patience_seconds
+                return True
+            return self.reply(request, 200, b'{"status": "duplicate"}')
         except Refusal as refusal:
             return self.refuse(refusal, request, webhooks)
+        finally:
+            if not self.entry:
+                server.busy.discard(self)
 
     def reply(self, request: Optional[Request], status: int, body: bytes, kind: str = JSON, *extra: str) -> bool:
         """Send a reply; return whether another request may follow. `request` is None where it could not be parsed."""
@@ -1755,11 +1840,12 @@ class Handler(BaseHTTPRequestHandler):
             extra += () if close else ("Connection: keep-alive",)
         extra += ("Connection: close",) if close else ()
         head_only = request is not None and request.method == "HEAD"
-        self.request.sendall(encode_reply(int(time.time()), status, kind, body, head_only, *extra))
-        if status == 408:
-            self.server.close_later(self.request)  # it has had its time: no thread waits for it any longer
-        elif close and (status != 200 or self.server.stopping):
-            linger(self.request)
+        if LOG.isEnabledFor(logging.DEBUG):
+            LOG.debug("%d to %s: %s", status, self.server.peer_of(self.client_address, request), body[:100].decode())
+        self.send(encode_reply(int(time.time()), status, kind, body, head_only, *extra))
+        self.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
+        if close and (status != 200 or self.server.stopping):
+            self.linger()
         return not close
 
     def refuse(self, refusal: Refusal, request: Optional[Request], webhooks: Sequence[Webhook]) -> bool:
@@ -1778,12 +1864,10 @@ class Handler(BaseHTTPRequestHandler):
         extra = {401: f"WWW-Authenticate: {scheme}", 405: f"Allow: {allow}", 503: "Retry-After: 1"}.get(status)
         return self.reply(request, status, json.dumps({"error": error}).encode(), JSON, *([extra] if extra else []))
 
-    def read_head(self, deadline: float) -> Request:
+    def read_head(self) -> Request:
         """Read up to the empty line and parse it."""
-        known, may_be_empty = 0, True  # bytes that were looked through before: a sender may send them one by one
+        known = 0  # bytes that were looked through before: a sender may send them one by one
         while True:
-            if may_be_empty and self.buffer.startswith(b"\r\n", self.start):  # RFC 9112 section 2.2: before a request
-                self.start, known, may_be_empty = self.start + 2, 0, False
             end = self.buffer.find(b"\r\n\r\n", self.start + max(0, known - 3))
             if not 0 <= end <= self.start + MAX_REQUEST_LINE_BYTES:  # the usual request is below all limits
                 line_end = self.buffer.find(b"\r\n", self.start) % (len(self.buffer) + 1)  # -1: all of it
@@ -1797,10 +1881,14 @@ class Handler(BaseHTTPRequestHandler):
             if _BARE_LF.search(self.buffer, self.start + known):
                 raise Refusal("malformed", "a line ends without CR")
             known = len(self.buffer) - self.start
-            self.receive_more(deadline)
+            self.receive_more()
 
-    def read_body(self, length: int, deadline: float) -> bytes:
+    def read_body(self, length: int) -> bytes:
         """Read `length` bytes."""
+        end = self.start + length
+        if end <= len(self.buffer):  # as usual
+            body, self.start = self.buffer[self.start : end], end
+            return body
         parts, missing = [], length
         while True:
             parts.append(self.buffer[self.start : self.start + missing])
@@ -1808,9 +1896,9 @@ class Handler(BaseHTTPRequestHandler):
             missing -= len(parts[-1])
             if not missing:
                 return b"".join(parts)
-            self.receive_more(deadline)
+            self.receive_more()
 
-    def read_line(self, limit: int, deadline: float) -> bytes:
+    def read_line(self, limit: int) -> bytes:
         """Read a line of a chunked body, without its CRLF; at most `limit` bytes."""
         while True:
             end = self.buffer.find(b"\r\n", self.start, self.start + limit + 2)
@@ -1819,13 +1907,13 @@ class Handler(BaseHTTPRequestHandler):
                 return line
             if len(self.buffer) - self.start >= limit + 2:
                 raise Refusal("malformed", f"a line of the chunked body is above {limit} bytes")
-            self.receive_more(deadline)
+            self.receive_more()
 
-    def read_chunked(self, deadline: float) -> bytes:
+    def read_chunked(self) -> bytes:
         """Read and decode a chunked body (RFC 9112 section 7.1); trailers are checked and dropped."""
         parts, total, limit, size = [], 0, self.server.config.max_body_bytes, -1
         while size:
-            match = _CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE_BYTES, deadline))
+            match = _CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE_BYTES))
             if not match:
                 raise Refusal("malformed", "the size of a chunk is malformed")
             size = int(match[1], 16)
@@ -1833,27 +1921,16 @@ class Handler(BaseHTTPRequestHandler):
             if total > limit:
                 raise Refusal("body_too_large", f"the chunked body is above max_body_bytes, {limit}")
             if size:
-                parts.append(self.read_body(size, deadline))
-                if self.read_body(2, deadline) != b"\r\n":
+                parts.append(self.read_body(size))
+                if self.read_body(2) != b"\r\n":
                     raise Refusal("malformed", "a chunk is longer than its size")
         trailers = b""
-        while line := self.read_line(MAX_REQUEST_LINE_BYTES, deadline):
+        while line := self.read_line(MAX_REQUEST_LINE_BYTES):
             trailers += line + b"\r\n"
             if len(trailers) > MAX_HEADER_BYTES:
                 raise Refusal("headers_too_large", "the trailer fields are too large")
         parse_fields(trailers)
         return b"".join(parts)
-
-
-def linger(connection: socket.socket) -> None:
-    """Read and drop what still comes: to close with unread data is to reset the connection, which loses the answer."""
-    deadline, scratch = time.monotonic() + LINGER_SECONDS, bytearray(RECEIVE_BYTES)
-    with contextlib.suppress(OSError, ValueError):
-        connection.shutdown(socket.SHUT_WR)
-        while True:
-            connection.settimeout(deadline - time.monotonic())  # ValueError: time is over
-            if not connection.recv_into(scratch):
-                return
 
 
 class RejectionLog:
@@ -1928,9 +2005,13 @@ def quote_label(text: str) -> str:
 
 
 class Receiver(ThreadingHTTPServer):
-    """The server: hands connections to threads, takes deliveries along their way, answers its own paths.
+    """The server: serves whichever connection is ready, takes deliveries along their way, answers its own paths.
 
-    Always true: `connections` are the sockets that count as open, `busy` the handlers with a request in hand.
+    One thread at a time leads: it waits for all connections at once, and serves what has arrived itself, since to hand
+    a delivery to another thread costs more than the delivery. Before it has to wait for anything else, it steps down:
+    another thread leads, and it has all the time it needs. Always true: `connections` are the handlers that count as
+    open, `watched` those that the selector knows, `busy` those with a request in hand; one that `is_away` is not the
+    leader's to serve.
     """
 
     daemon_threads = True
@@ -1944,14 +2025,19 @@ class Receiver(ThreadingHTTPServer):
             OSError: the address cannot be bound.
         """
         self.config, self.outputs, self.render, self.stopping = config, outputs, render, False
-        self.connections: set[socket.socket] = set()
+        outputs.before_waiting = self.step_down
+        self.connections: set[Handler] = set()
+        self.watched: set[Handler] = set()
+        self.watch_lock = threading.Lock()
+        self.written: collections.deque[Entry] = collections.deque()  # to be answered
         self.busy: set[Handler] = set()
+        self.selector, self.accepting, self.accept_ended = selectors.DefaultSelector(), False, threading.Event()
+        self.lead, self.leader, self.followers = threading.Lock(), 0, set[int]()
+        self.next_look = 0.0
         self.metrics, self.rejections = Metrics(), RejectionLog()
         self.metrics.add_webhooks([webhook.name for webhook in config.webhooks])
-        self.handed: queue.SimpleQueue[tuple[socket.socket, Any]] = queue.SimpleQueue()
-        self.refused: queue.SimpleQueue[tuple[socket.socket, float]] = queue.SimpleQueue()
-        self.idle_lock, self.idle_workers = threading.Lock(), 0
         self.old_tokens_named: dict[tuple[str, int], float] = {}
+        self.may_wait = may_wait(config)
         host = "127.0.0.1" if config.host == "localhost" else config.host
         address: Any = (host, config.port)
         if inherited is None:
@@ -1966,80 +2052,134 @@ class Receiver(ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
         self.socket.setblocking(False)
         self.server_address = self.socket.getsockname()
-        threading.Thread(target=self.close_refused, daemon=True).start()
+        self.start_accepting()
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's look-up of the host's name, which can hang."""
         socketserver.TCPServer.server_bind(self)
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; out of descriptors or memory, wait a little: the loop would spin."""
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        """Serve until the process ends: lead, and follow while another thread does."""
+        thread = threading.get_ident()
+        while True:
+            self.followers.add(thread)
+            self.lead.acquire()
+            self.followers.discard(thread)
+            self.leader = thread
+            while self.leader == thread:
+                try:
+                    self.serve_ready(poll_interval)
+                    self.commit()
+                except Exception:
+                    self.handle_error(None, None)
+
+    def serve_ready(self, poll_interval: float) -> None:
+        """Wait until connections are ready, and serve what has arrived on them; look after those that wait too long."""
+        thread, ready = self.leader, self.selector.select(poll_interval)
+        for key, _ in ready:
+            handler: Optional[Handler] = key.data
+            if handler is None:
+                accepted = 0
+                while self.leader == thread and accepted < ACCEPTED_AT_ONCE and self.accept_connection():
+                    accepted += 1
+            elif handler.is_away:
+                self.unwatch(handler)
+            else:
+                handler.is_away = True
+                handler.handle()
+            if self.leader != thread:
+                return  # who leads now finds the others ready again
+        if self.stopping and self.accepting and all(key.data for key, _ in ready):
+            self.accepting = False  # who waited in the listen queue had been told that it is connected
+            self.selector.unregister(self.socket)
+            self.server_close()
+            self.accept_ended.set()
+        now = time.monotonic()
+        if now >= self.next_look:
+            self.next_look = now + poll_interval
+            self.look_after(now)
+
+    def commit(self) -> None:
+        """Write what has been accepted, and answer; what another thread is writing, that one answers."""
+        while True:
+            with contextlib.suppress(IndexError):
+                while True:
+                    handler = self.written.popleft().handler
+                    handler.serve(handler.answer)
+            if not self.outputs.waiting or not self.outputs.turn.acquire(blocking=False):
+                return
+            try:
+                self.written.extend(self.outputs.write_waiting())
+            finally:
+                self.outputs.turn.release()
+
+    def look_after(self, now: float) -> None:
+        """Do what is due several times a second."""
+        if not self.accepting and not self.accept_ended.is_set():
+            self.start_accepting()
+        self.rejections.sum_up()
+        with contextlib.suppress(IndexError):
+            while self.outputs.waiting[0].deadline <= now:
+                entry = self.outputs.waiting.popleft()
+                entry.failure = f"stuck for {self.outputs.patience_seconds:g} s"
+                self.written.append(entry)
+        for handler in [one for one in self.watched.copy() if one.deadline <= now and not one.is_away]:
+            handler.is_away = True
+            handler.serve(handler.expire)
+
+    def step_down(self) -> None:
+        """Let another thread lead, because this one is about to wait. Without effect in a thread that does not lead."""
+        if self.leader == threading.get_ident():
+            with contextlib.suppress(RuntimeError):  # no more threads: all others have to wait with this one
+                if not self.followers:
+                    threading.Thread(target=self.serve_forever, daemon=True).start()
+                self.leader = 0
+                self.lead.release()
+
+    def shutdown(self) -> None:
+        """Accept no more connections but those that wait already."""
+        self.stopping = True
+        self.accept_ended.wait(2)
+
+    def start_accepting(self) -> None:
+        """Watch the listening socket."""
+        self.accepting = True
+        self.selector.register(self.socket, selectors.EVENT_READ)
+
+    def accept_connection(self) -> bool:
+        """Accept a connection if there is one, and serve it at once: its request has often come with it."""
         try:
-            return super().get_request()
+            request, client_address = self.get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 if self.rejections.admit():
                     LOG.error("cannot accept a connection: %s", error.strerror)
-                time.sleep(0.05)
-            raise
+                self.accepting = False  # none for a moment, or the loop would spin
+                self.selector.unregister(self.socket)
+            return False
+        self.finish_request(request, client_address)
+        return True
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a connection to a waiting thread, or to a new one: starting a thread costs more than a delivery."""
-        problem = f"more than max_connections, {self.config.max_connections}"
-        if len(self.connections) < self.config.max_connections:
-            with self.idle_lock:
-                waiting = self.idle_workers > 0
-                self.idle_workers -= waiting
-            try:
-                if not waiting:
-                    threading.Thread(target=self.work, daemon=True).start()
-                self.connections.add(request)
-                self.handed.put((request, client_address))
-                return
-            except RuntimeError as error:  # no more threads
-                problem = str(error)
-        self.metrics.count("", "overload")
-        if self.rejections.admit():
-            LOG.warning("503 to %s: overload: %s", self.peer_of(client_address, None), problem)
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            now, unavailable = int(time.time()), b'{"error": "unavailable"}'
-            request.send(encode_reply(now, 503, JSON, unavailable, False, "Retry-After: 1", "Connection: close"))
-        self.close_later(request)
+    def wait_or_close(self, handler: Handler, goes_on: bool) -> None:
+        """Watch a connection for what comes next, or close it."""
+        with self.watch_lock:
+            if not goes_on:
+                self.connections.discard(handler)
+                if handler in self.watched:
+                    self.watched.discard(handler)
+                    self.selector.unregister(handler.request)
+                handler.request.close()
+            elif handler not in self.watched:
+                self.watched.add(handler)
+                self.selector.register(handler.request, selectors.EVENT_READ, handler)
+            handler.is_away = not goes_on
 
-    def close_later(self, request: Any) -> None:
-        """Give the sender the time to read its answer, without a thread that waits for it."""
-        self.connections.discard(request)
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            request.shutdown(socket.SHUT_WR)
-        if self.refused.qsize() < MAX_LINGERING:
-            self.refused.put((request, time.monotonic() + LINGER_SECONDS))
-        else:
-            request.close()
-
-    def close_refused(self) -> None:
-        """Close, one after the other, those whose time to read their answer is over; see `linger`."""
-        while True:
-            request, deadline = self.refused.get()
-            time.sleep(max(0, deadline - time.monotonic()))
-            with contextlib.suppress(OSError):
-                while request.recv(RECEIVE_BYTES):
-                    pass
-            request.close()
-
-    def work(self) -> None:
-        """Serve one connection after the other."""
-        while True:
-            self.process_request_thread(*self.handed.get())
-            with self.idle_lock:
-                self.idle_workers += 1
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection, unless it is to be closed later."""
-        if request in self.connections:
-            request.close()
-            self.connections.discard(request)
+    def unwatch(self, handler: Handler) -> None:
+        """Do not watch a connection on which more arrives while another thread has it, until that has finished."""
+        with self.watch_lock:
+            if handler.is_away and handler in self.watched:
+                self.watched.discard(handler)
+                self.selector.unregister(handler.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report a bug of ours in one line, with its place; --verbose adds the traceback."""
@@ -2047,10 +2187,6 @@ class Receiver(ThreadingHTTPServer):
         while trace and trace.tb_next:
             trace = trace.tb_next
         LOG.error("internal error: %r (line %s)", error, trace and trace.tb_lineno, exc_info=True)
-
-    def service_actions(self) -> None:
-        """Called by the accept loop several times a second."""
-        self.rejections.sum_up()
 
     def peer_of(self, client_address: Any, request: Optional[Request]) -> str:
         """Return who sent a request: behind a proxy on this machine, the last address in X-Forwarded-For."""
@@ -2079,25 +2215,27 @@ class Receiver(ThreadingHTTPServer):
             return 503, b'{"error": "unavailable"}', JSON
         return 200, b'{"status": "ok"}', JSON
 
-    def accept(self, request: Request, webhooks: Sequence[Webhook], now: float) -> bytes:
-        """Take a POST along the way of a delivery; return the body of the 200: authentic, and kept.
+    def accept(self, request: Request, webhooks: Sequence[Webhook], now: float) -> Optional[Entry]:
+        """Take a POST along the way of a delivery, up to what has to be written: None if it has been kept already.
 
         Raises:
-            Refusal: it is not, and nothing is lost: whoever gets no 200 may send again.
+            Refusal: it is not accepted, and nothing is lost: whoever gets no 200 may send again.
         """
+        if self.may_wait:
+            self.step_down()
         webhook, proof = check_webhooks(webhooks, request, now)  # authentic
         try:
             check_age(proof.sent, webhook.replay_window_seconds, now)  # recent
             if not webhook.memory.claim(proof.keys):  # new
                 self.metrics.count(webhook.name, "duplicate", len(request.body))
-                return b'{"status": "duplicate"}'
+                return None
         except Refusal as refusal:
             refusal.webhook = webhook.name
             raise
         if proof.token:
             self.name_old_token(webhook, proof.token)
-        kept, text = False, json_text(request.body)
         try:
+            text = json_text(request.body)
             if text is not None and webhook.api_key and webhook.api_key.place == "field":
                 (start, end), *_ = find_top_level_field(text, webhook.api_key.name)
                 text = f'{text[:start]}"***"{text[end:]}'
@@ -2105,19 +2243,14 @@ class Receiver(ThreadingHTTPServer):
             sent = proof.delivery_id, proof.sent_at
             delivery = Delivery(now, webhook.name, webhook.type, *sent, request.body, text, key)
             handle_alert(delivery)
-            line = render_json(delivery).encode()
-            shown = self.render(delivery).encode(errors="backslashreplace") if self.render else line + b"}\n"
-            self.outputs.keep(shown, line, key)  # kept
-            kept = True
+            line = render_json(delivery)
+            shown = self.render(delivery) if self.render else line + "}\n"
+            logged = "" if self.outputs.log is None else f'{line}, "key": {quote(key) if key else "null"}}}\n'
+            return Entry(shown, logged, webhook, proof.keys, request)  # kept by `commit`, and answered by `answer`
         except Exception as error:
-            reason = "output" if isinstance(error, OutputError) else "handler"
+            webhook.memory.settle(proof.keys, kept=False)
             LOG.debug("not kept", exc_info=True)
-            detail = str(error) if reason == "output" else f"{type(error).__name__}: {error}"
-            raise Refusal(reason, detail, webhook.name) from None
-        finally:
-            webhook.memory.settle(proof.keys, kept=kept)
-        self.metrics.count(webhook.name, "accepted", len(request.body), now)
-        return b'{"status": "ok"}'
+            raise Refusal("handler", f"{type(error).__name__}: {error}", webhook.name) from None
 
     def name_old_token(self, webhook: Webhook, position: int) -> None:
         """Log that a token other than the first is still in use, at most once a minute each."""
@@ -2147,7 +2280,19 @@ class Receiver(ThreadingHTTPServer):
         if config.log_file and fresh:
             load_memories(config.log_file, fresh, time.time())
         self.metrics.add_webhooks([webhook.name for webhook in webhooks])
+        self.may_wait = may_wait(config)
         self.config = config._replace(host=self.config.host, port=self.config.port, webhooks=tuple(webhooks))
+
+
+def may_wait(config: Config) -> bool:
+    """Tell whether to check or handle a delivery can take long: with access tokens, or code of your own."""
+    own_code = getattr(handle_alert, "__code__", None)
+    is_edited = not own_code or own_code.co_code != _handle_nothing.__code__.co_code
+    return is_edited or any(webhook.provider for webhook in config.webhooks)
+
+
+def _handle_nothing(delivery: Delivery) -> None:
+    """Stand for a `handle_alert` that is as it was."""
 
 
 # ---- The OIDC provider's keys -----------------------------------------------
@@ -2286,24 +2431,21 @@ def reload_config(receiver: Receiver, path: str) -> None:
 
 def serve(receiver: Receiver, path: str, events: queue.SimpleQueue[int]) -> int:
     """Serve until a signal says stop, or nobody reads stdout; finish what is in flight; return the exit code."""
-    threading.Thread(target=receiver.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    threading.Thread(target=receiver.serve_forever, daemon=True).start()
     notify("READY=1")
     while not receiver.outputs.gone.is_set():
         with contextlib.suppress(queue.Empty):
             if events.get(timeout=0.25) != getattr(signal, "SIGHUP", None):
                 break
             reload_config(receiver, path)
-    receiver.stopping = True
     notify("STOPPING=1")
     receiver.shutdown()
-    with contextlib.suppress(OSError):  # what waits in the listen queue has been told that it is connected
-        while True:
-            receiver.process_request(*receiver.get_request())
-    receiver.server_close()
     now = quiet = time.monotonic()
     deadline = now + DRAIN_SECONDS
     # A proxy may be sending a request on a connection kept alive at this moment, so those get a short while more.
-    while receiver.connections and now < deadline and (receiver.busy or now - quiet < DRAIN_QUIET_SECONDS):
+    while (receiver.connections or receiver.watched) and now < deadline:
+        if not receiver.busy and now - quiet >= DRAIN_QUIET_SECONDS:
+            break
         time.sleep(0.02)
         now = time.monotonic()
         quiet = now if receiver.busy else quiet
@@ -2487,7 +2629,8 @@ def choose_render(form: str, names: Sequence[str]) -> Render:
     width = max(map(len, names))
 
     def render(delivery: Delivery) -> str:
-        return render_pretty(delivery, shutil.get_terminal_size().columns if terminal else 0, colour, width)
+        columns = shutil.get_terminal_size().columns if terminal else 0
+        return render_pretty(delivery, columns, colour, width)
 
     return render
 

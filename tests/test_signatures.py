@@ -757,7 +757,8 @@ class NewCentral(unittest.TestCase):
                 with self.subTest(query, component=name):
                     request = message({"sig1": member(components, values=values)}, query=query)
                     self.assertEqual(self.verify(request)[0], 0)
-                    self.assert_refused(request._replace(query="other=1"))
+                    request.query = "other=1"
+                    self.assert_refused(request)
 
     def test_the_path_has_no_query(self):
         components = ('"@method"', '"@authority"', '"@path"')
@@ -926,7 +927,8 @@ class NewCentral(unittest.TestCase):
             with self.subTest(value):
                 if passes:
                     self.assertEqual(self.verify(request)[0], 0)
-                    self.assert_refused(request._replace(body=body + b"x"))
+                    request.body = body + b"x"
+                    self.assert_refused(request)
                 else:
                     self.assert_refused(request)
         self.assert_refused(
