@@ -2031,7 +2031,7 @@ class Receiver(ThreadingHTTPServer):
         self.watch_lock = threading.Lock()
         self.written: collections.deque[Entry] = collections.deque()  # to be answered
         self.busy: set[Handler] = set()
-        self.selector, self.accepting, self.accept_ended = selectors.DefaultSelector(), False, threading.Event()
+        self.selector = selectors.DefaultSelector()
         self.lead, self.leader, self.followers = threading.Lock(), 0, set[int]()
         self.next_look = 0.0
         self.metrics, self.rejections = Metrics(), RejectionLog()
@@ -2089,11 +2089,6 @@ class Receiver(ThreadingHTTPServer):
                 handler.handle()
             if self.leader != thread:
                 return  # who leads now finds the others ready again
-        if self.stopping and self.accepting and all(key.data for key, _ in ready):
-            self.accepting = False  # who waited in the listen queue had been told that it is connected
-            self.selector.unregister(self.socket)
-            self.server_close()
-            self.accept_ended.set()
         now = time.monotonic()
         if now >= self.next_look:
             self.next_look = now + poll_interval
@@ -2115,7 +2110,7 @@ class Receiver(ThreadingHTTPServer):
 
     def look_after(self, now: float) -> None:
         """Do what is due several times a second."""
-        if not self.accepting and not self.accept_ended.is_set():
+        if not self.accepting and not self.stopping:
             self.start_accepting()
         self.rejections.sum_up()
         with contextlib.suppress(IndexError):
@@ -2137,14 +2132,23 @@ class Receiver(ThreadingHTTPServer):
                 self.lead.release()
 
     def shutdown(self) -> None:
-        """Accept no more connections but those that wait already."""
+        """Accept no more connections but those that wait already: they have been told that they are connected."""
         self.stopping = True
-        self.accept_ended.wait(2)
+        self.stop_accepting()
+        while self.accept_connection():
+            pass
+        self.server_close()
 
     def start_accepting(self) -> None:
         """Watch the listening socket."""
         self.accepting = True
         self.selector.register(self.socket, selectors.EVENT_READ)
+
+    def stop_accepting(self) -> None:
+        """Do not watch the listening socket."""
+        self.accepting = False
+        with contextlib.suppress(KeyError):  # two threads had the same idea
+            self.selector.unregister(self.socket)
 
     def accept_connection(self) -> bool:
         """Accept a connection if there is one, and serve it at once: its request has often come with it."""
@@ -2154,8 +2158,7 @@ class Receiver(ThreadingHTTPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 if self.rejections.admit():
                     LOG.error("cannot accept a connection: %s", error.strerror)
-                self.accepting = False  # none for a moment, or the loop would spin
-                self.selector.unregister(self.socket)
+                self.stop_accepting()  # for a moment, or the loop would spin
             return False
         self.finish_request(request, client_address)
         return True

@@ -450,8 +450,8 @@ class SnippetTest(unittest.TestCase):
             body = b'{"severity": "no alert_type: the function raises KeyError"}'
             answer = receiver.post(body, central_headers(body))
             self.assertEqual((503, {"error": "unavailable"}), (answer.status, answer.json))
-            self.assertEqual(1, len(receiver.stdout_lines))
             self.assertEqual(0, receiver.stop())
+            self.assertEqual(1, len(receiver.stdout_lines))
 
 
 if __name__ == "__main__":

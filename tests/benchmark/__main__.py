@@ -123,10 +123,9 @@ class Server:
         self.log_file = self.folder / "deliveries.log" if log_file else None
         if kind in bench.programs:
             path = self.write_config(webhooks, max_connections)
-            command = [sys.executable, str(bench.programs[kind]), f"-i={path}"]
+            command = [bench.python, str(bench.programs[kind]), f"-i={path}"]
         else:
-            python = bench.peer_python if kind == "fastapi" else sys.executable
-            command = [python, str(HERE / f"peer_{kind}.py"), str(self.port)]
+            command = [bench.python, str(HERE / f"peer_{kind}.py"), str(self.port)]
         self.output = open(self.folder / "stdout", "wb")
         self.errors = open(self.folder / "stderr", "wb")
         began = time.monotonic()
@@ -214,7 +213,7 @@ class Bench:
         self.rivals = [*self.programs, "fastapi"]
         self.generator = folder / "load"
         subprocess.run([os.environ.get("CC", "cc"), "-O2", "-o", self.generator, HERE / "load.c"], check=True)
-        self.peer_python = make_environment(Path(options.venv).expanduser())
+        self.python = make_environment(Path(options.venv).expanduser())  # of all four: start and memory depend on it
         self.samples = collections.defaultdict(list)  # (figure, kind): a value for each round
         self.files = {}
         self.probe = sign_delivery(0, close=True)
