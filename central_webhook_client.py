@@ -84,7 +84,7 @@ KEEP_ALIVE_SECONDS = 75.0  # above nginx's 60, so that nginx closes first and ne
 LISTEN_QUEUE = 1024  # socketserver's 5 loses most of a burst of connections
 ACCEPTED_AT_ONCE = 64  # connections, before those that are open already have their turn
 LINGER_SECONDS = 2.0  # a refused sender is read from this long, so that it can read the answer
-MAX_LINGERING = 1024  # refused connections that wait for that without a thread
+MAX_LINGERING = 1024  # refused connections that wait for that; one more is closed at once
 DRAIN_SECONDS = 10.0  # after SIGTERM: for requests in flight
 DRAIN_QUIET_SECONDS = 0.5  # after SIGTERM: for what is already on its way on a connection kept alive
 MAX_FUTURE_SECONDS = 15 * 60  # a sender's clock may be this much ahead
@@ -1721,10 +1721,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.is_superfluous:
             self.is_superfluous, most = False, self.server.config.max_connections
             return self.refuse(Refusal("overload", f"more than max_connections, {most}"), None, ())
+        if self.server.leader != threading.get_ident():
+            return True  # at a stop: the leader will find it ready
         try:
             data = self.request.recv(RECEIVE_BYTES)
         except BlockingIOError:
-            return True
+            return not self.is_lingering
         if self.is_lingering:
             self.is_lingering = bool(data)
             return False
@@ -2082,8 +2084,9 @@ class Receiver(ThreadingHTTPServer):
                 accepted = 0
                 while self.leader == thread and accepted < ACCEPTED_AT_ONCE and self.accept_connection():
                     accepted += 1
-            elif handler.is_away:
-                self.unwatch(handler)
+            elif handler.is_away:  # more comes while another thread has it: that one will have it watched again
+                with self.watch_lock:
+                    self.watch(handler, not handler.is_away)
             else:
                 handler.is_away = True
                 handler.handle()
@@ -2114,10 +2117,10 @@ class Receiver(ThreadingHTTPServer):
             self.start_accepting()
         self.rejections.sum_up()
         with contextlib.suppress(IndexError):
-            while self.outputs.waiting[0].deadline <= now:
-                entry = self.outputs.waiting.popleft()
+            while (entry := self.outputs.waiting.popleft()).deadline <= now:
                 entry.failure = f"stuck for {self.outputs.patience_seconds:g} s"
                 self.written.append(entry)
+            self.outputs.waiting.appendleft(entry)
         for handler in [one for one in self.watched.copy() if one.deadline <= now and not one.is_away]:
             handler.is_away = True
             handler.serve(handler.expire)
@@ -2166,23 +2169,20 @@ class Receiver(ThreadingHTTPServer):
     def wait_or_close(self, handler: Handler, goes_on: bool) -> None:
         """Watch a connection for what comes next, or close it."""
         with self.watch_lock:
+            self.watch(handler, goes_on)
+            handler.is_away = not goes_on
             if not goes_on:
                 self.connections.discard(handler)
-                if handler in self.watched:
-                    self.watched.discard(handler)
-                    self.selector.unregister(handler.request)
                 handler.request.close()
-            elif handler not in self.watched:
-                self.watched.add(handler)
-                self.selector.register(handler.request, selectors.EVENT_READ, handler)
-            handler.is_away = not goes_on
 
-    def unwatch(self, handler: Handler) -> None:
-        """Do not watch a connection on which more arrives while another thread has it, until that has finished."""
-        with self.watch_lock:
-            if handler.is_away and handler in self.watched:
-                self.watched.discard(handler)
-                self.selector.unregister(handler.request)
+    def watch(self, handler: Handler, wanted: bool) -> None:
+        """Have the selector watch a connection, or not. Needs `watch_lock`."""
+        if wanted and handler not in self.watched:
+            self.watched.add(handler)
+            self.selector.register(handler.request, selectors.EVENT_READ, handler)
+        elif not wanted and handler in self.watched:
+            self.watched.discard(handler)
+            self.selector.unregister(handler.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report a bug of ours in one line, with its place; --verbose adds the traceback."""
@@ -2658,8 +2658,8 @@ def start(config: Config, path: str, render: Render) -> int:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
-        # One thread at a time runs Python, and handing the interpreter lock to another processor costs more than all
-        # the work of a delivery: half of the processor time, also beside a busy neighbour.
+        # One thread at a time runs Python, and to hand the interpreter lock to another processor is slow: with a log
+        # file a fifth of the processor time, also beside a busy neighbour.
         with contextlib.suppress(OSError):  # where that is not allowed, it is slower
             processors = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})

@@ -154,6 +154,7 @@ class Receiver:
         arguments=(),
         environment=None,
         python=sys.executable,
+        program=PROGRAM,
         stdout=subprocess.PIPE,
         **popen,
     ):
@@ -162,7 +163,7 @@ class Receiver:
         self.write_config(config if config is not None else config_of())
         self.stdout_lines, self.stderr_lines = [], []
         self.process = subprocess.Popen(
-            [python, str(PROGRAM), f"-i={self.config_path}", *arguments],
+            [python, str(program), f"-i={self.config_path}", *arguments],
             stdout=stdout,
             stderr=subprocess.PIPE,
             env={**os.environ, **(environment or {})},

@@ -375,23 +375,7 @@ class SnippetTest(unittest.TestCase):
 
     def start(self, program, webhook):
         """Start a changed program with a configuration; return the running receiver."""
-        path = self.folder / "input_info.json"
-        path.write_text(json.dumps(config_of(webhook=webhook)))
-        path.chmod(0o600)
-        process = subprocess.Popen(
-            [sys.executable, str(self.folder / program), f"-i={path}"],
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        running = Receiver.__new__(Receiver)
-        running.folder, running.process = self.folder, process
-        running.stdout_lines, running.stderr_lines = [], []
-        running._threads = [
-            running._collect(process.stderr, running.stderr_lines),
-            running._collect(process.stdout, running.stdout_lines),
-        ]
-        return running
+        return Receiver(config_of(webhook=webhook), program=self.folder / program)
 
     def test_the_copied_section_verifies_on_its_own(self):
         code = section("Copy only the verification")

@@ -1,0 +1,140 @@
+"""Nobody waits for another: own code that takes long, readers that stall, senders that read no answers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+
+from tests.support import (
+    PATH,
+    PROGRAM,
+    Receiver,
+    central_headers,
+    config_of,
+    deadline_poll,
+    new_body,
+    raw_request,
+)
+
+OWN_CODE = f'''
+import os, sys, time
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import central_webhook_client
+
+def wait_for_go(delivery):
+    open(delivery.delivery_id, "w").close()
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+
+central_webhook_client.handle_alert = wait_for_go
+sys.exit(central_webhook_client.main())
+'''
+HEALTH = raw_request("GET", "/health", length=False)
+
+
+def signed_request(**extra):
+    """Return a delivery as it goes over the wire."""
+    body = new_body(**extra)
+    return raw_request(headers=central_headers(body), body=body)
+
+
+def cpu_seconds(receiver):
+    """Return the processor time that a receiver has used so far (proc(5): utime and stime)."""
+    fields = Path(f"/proc/{receiver.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class OwnCode(unittest.TestCase):
+    def test_it_runs_for_several_deliveries_at_once_and_holds_up_nothing_else(self):
+        with tempfile.TemporaryDirectory() as folder:
+            program = Path(folder, "own.py")
+            program.write_text(OWN_CODE)
+            with Receiver(config_of(), program=program) as receiver:
+                answers = []
+                threads = [
+                    threading.Thread(target=lambda: answers.append(receiver.deliver().status)) for _ in range(5)
+                ]
+                for thread in threads:
+                    thread.start()
+                deadline_poll(lambda: len(list(receiver.folder.glob("72d3162e-*"))) == 5)
+                self.assertEqual(receiver.request(HEALTH).status, 200)
+                self.assertEqual(receiver.deliver(token="another").status, 401)
+                self.assertEqual(answers, [])
+                (receiver.folder / "go").touch()
+                for thread in threads:
+                    thread.join(10)
+                self.assertEqual(answers, [200] * 5)
+                self.assertEqual(len(receiver.wait_for_stdout(5)), 5)
+
+
+class Stalls(unittest.TestCase):
+    def wait_for_requests_in_flight(self, receiver, count):
+        expected = b"in_flight %d\n" % (count + 1)  # the question is one of them
+        deadline_poll(lambda: expected in receiver.request(HEALTH.replace(b"health", b"metrics")).body)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/stat"), "needs /proc")
+    def test_while_the_reader_of_stdout_stalls_senders_that_go_on_or_go_away_cost_nothing(self):
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        with Receiver(config_of(request_timeout_seconds=1), stdout=writing) as receiver:
+            os.close(writing)
+            first = receiver.connect()
+            first.send(signed_request(filler="x" * (1 << 19)))  # more than a pipe holds
+            self.wait_for_requests_in_flight(receiver, 1)
+            connections = [receiver.connect() for _ in range(20)]
+            for number, connection in enumerate(connections):
+                connection.send(signed_request() + b"GET /health HTTP/1.1\r\n" * (number % 2))
+            for number, connection in enumerate(connections):
+                if number % 3 == 0:
+                    connection.socket.shutdown(socket.SHUT_WR)
+            self.wait_for_requests_in_flight(receiver, 21)
+            before, started = cpu_seconds(receiver), time.monotonic()
+            self.assertEqual(first.read().status, 503)
+            self.assertLess(cpu_seconds(receiver) - before, (time.monotonic() - started) / 4 + 0.1)
+            for connection in connections:
+                self.assertEqual(connection.read().status, 503)
+            for connection in [first, *connections]:
+                connection.socket.close()
+
+    def test_senders_that_read_no_answers_hold_up_nobody(self):
+        with Receiver(config_of(request_timeout_seconds=1)) as receiver:
+            deaf = [receiver.connect() for _ in range(3)]
+            for connection in deaf:
+                connection.socket.setblocking(False)
+            asked = raw_request("GET", "/metrics", length=False) * 100
+            sent = 1
+            while sent:  # until neither side has room for more
+                sent = 0
+                for connection in deaf:
+                    try:
+                        sent += connection.socket.send(asked)
+                    except OSError:
+                        pass
+                self.assertEqual(receiver.deliver().status, 200)
+            self.assertEqual(receiver.request(HEALTH).status, 200)
+            for connection in deaf:
+                connection.socket.close()
+
+
+class LineEnds(unittest.TestCase):
+    def test_a_line_end_after_a_request_is_no_request(self):
+        with Receiver(config_of(request_timeout_seconds=0.2)) as receiver:
+            with receiver.connect() as connection:
+                for end in (b"\r\n", b"\r\n\r\n", b"\r"):
+                    connection.send(signed_request() + end)
+                    self.assertEqual(connection.read().status, 200)
+                    time.sleep(0.4)  # more than a request may take
+                connection.send(b"\n" + signed_request())
+                self.assertEqual(connection.read().status, 200)
+            self.assertEqual(receiver.post(new_body(), {}, PATH).status, 401)
+            receiver.wait_for_log("WARNING")
+            self.assertEqual(sum("WARNING" in line for line in receiver.stderr_lines), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
