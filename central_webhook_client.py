@@ -82,11 +82,13 @@ MAX_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which nobody us
 RECEIVE_BYTES = 64 * 1024  # one recv takes a whole usual request: headers and body
 KEEP_ALIVE_SECONDS = 75.0  # above nginx's 60, so that nginx closes first and never meets a closed connection
 LISTEN_QUEUE = 1024  # socketserver's 5 loses most of a burst of connections
+STEPS_IN_A_ROW = 8  # requests of one connection, or parts of one, before another thread serves the others
 ACCEPTED_AT_ONCE = 64  # connections, before those that are open already have their turn
 LINGER_SECONDS = 2.0  # a refused sender is read from this long, so that it can read the answer
-MAX_LINGERING = 1024  # refused connections that wait for that; one more is closed at once
+MAX_LINGERING = 200 if sys.platform == "win32" else 1024  # of those at once; select takes 512 sockets on Windows
 DRAIN_SECONDS = 10.0  # after SIGTERM: for requests in flight
 DRAIN_QUIET_SECONDS = 0.5  # after SIGTERM: for what is already on its way on a connection kept alive
+IDLE_THREADS = 16  # threads that are kept for when they are needed
 MAX_FUTURE_SECONDS = 15 * 60  # a sender's clock may be this much ahead
 REMEMBERED_DELIVERIES = 100_000  # of each webhook
 REJECTION_LINES_PER_SECOND = 10
@@ -913,13 +915,19 @@ Render = Optional[Callable[[Delivery], str]]  # how stdout shows a delivery; Non
 class Entry:
     """An accepted delivery on its way to the outputs: what to write, until when (monotonic seconds), whom to answer."""
 
-    __slots__ = ("deadline", "failure", "handler", "keys", "logged", "request", "shown", "webhook")
+    __slots__ = ("deadline", "delivery", "failure", "handler", "keys", "line", "request", "shown", "webhook")
 
-    def __init__(self, shown: str, logged: str, webhook: Webhook, keys: tuple[bytes, ...], request: Request) -> None:
-        self.shown, self.logged = shown.encode(), logged.encode()
-        self.webhook, self.keys, self.request = webhook, keys, request
+    def __init__(self, delivery: Delivery, webhook: Webhook, keys: tuple[bytes, ...], request: Request) -> None:
+        self.delivery, self.webhook, self.keys, self.request = delivery, webhook, keys, request
+        self.line, self.failure = render_json(delivery), "not written"
         self.handler: Handler
-        self.deadline, self.failure = math.inf, "not written"
+        self.deadline: float
+        self.shown: bytes
+
+    def log_line(self) -> bytes:
+        """Return the line for the log: that of `render_json`, with the key."""
+        key = quote(self.delivery.key) if self.delivery.key else "null"
+        return f'{self.line}, "key": {key}}}\n'.encode()
 
 
 class Outputs:
@@ -976,10 +984,10 @@ class Outputs:
                 self.before_waiting()
             self.write_stdout(b"".join([entry.shown for entry in batch]), batch[0].deadline)
             if self.log is not None:
-                self.append_log(self.log, b"".join([entry.logged for entry in batch]))
+                self.append_log(self.log, b"".join([entry.log_line() for entry in batch]))
             failure = ""
-        except OutputError as error:
-            failure = str(error)
+        except Exception as error:
+            failure = str(error) if isinstance(error, OutputError) else repr(error)
         finally:
             if failure != self.failing:
                 LOG.log(logging.ERROR if failure else logging.INFO, "output: %s", failure or "works again")
@@ -997,7 +1005,7 @@ class Outputs:
                 if self.poll and not self.poll.poll(0):
                     self.before_waiting()
                     if not self.poll.poll(max(0, int(1000 * (deadline - time.monotonic())))):
-                        raise OutputError(f"stdout: its reader has taken nothing for {self.patience_seconds:g} s")
+                        raise OutputError(f"stdout: its reader has not taken all in {self.patience_seconds:g} s")
                 try:
                     start += os.write(self.stdout, data[start : start + size])
                 except BlockingIOError:
@@ -1036,7 +1044,9 @@ class Outputs:
 
     def reopen(self, log_file: Optional[str], patience_seconds: float) -> None:
         """Open the log again (logrotate has moved it), or another one; raise OutputError and keep the old one."""
-        with self.turn:
+        if not self.turn.acquire(timeout=self.patience_seconds):
+            raise OutputError(f"the output is stuck for {self.patience_seconds:g} s")
+        try:
             same = False
             with contextlib.suppress(OSError):
                 if log_file and self.log is not None:
@@ -1049,6 +1059,8 @@ class Outputs:
                     os.close(self.log)
                 self.log, self.log_path, self.cut_to = log, log_file, None
             self.patience_seconds = patience_seconds
+        finally:
+            self.turn.release()
 
 
 def open_log(path: str) -> int:
@@ -1703,7 +1715,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self, first: Callable[[], bool]) -> None:
         """Do something with the connection, which returns whether it goes on, and serve what else has arrived."""
-        goes_on = False
+        goes_on, self.steps = False, 0
         try:
             goes_on = first() and self.serve_buffer()
         except OSError:
@@ -1741,9 +1753,17 @@ class Handler(BaseHTTPRequestHandler):
                 self.start += 2
             elif ahead in (b"", b"\r"):
                 break
-            elif not self.handle_request():
-                return False
+            else:
+                self.count_step()
+                if not self.handle_request():
+                    return False
         return True
+
+    def count_step(self) -> None:
+        """Let others be served too, however fast this sender sends."""
+        self.steps += 1
+        if self.steps > STEPS_IN_A_ROW:
+            self.server.step_down()
 
     def answer(self) -> bool:
         """Answer a delivery that has been kept, or has not; return whether another request may follow."""
@@ -1777,6 +1797,7 @@ class Handler(BaseHTTPRequestHandler):
     def receive_more(self) -> None:
         """Add more of a request that has begun. Raises Refusal when its time is over, or the stream."""
         data: Optional[bytes] = None
+        self.count_step()
         try:
             data = self.request.recv(RECEIVE_BYTES)
         except BlockingIOError:  # it is still on its way
@@ -2061,17 +2082,20 @@ class Receiver(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
-        """Serve until the process ends: lead, and follow while another thread does."""
+        """Serve: lead, and follow while another thread does; some end where too many follow."""
         thread = threading.get_ident()
-        while True:
+        while len(self.followers) < IDLE_THREADS:
             self.followers.add(thread)
             self.lead.acquire()
             self.followers.discard(thread)
             self.leader = thread
-            while self.leader == thread:
+            is_leading = True
+            while is_leading:
                 try:
-                    self.serve_ready(poll_interval)
                     self.commit()
+                    is_leading = self.leader == thread
+                    if is_leading:
+                        self.serve_ready(poll_interval)
                 except Exception:
                     self.handle_error(None, None)
 
@@ -2099,7 +2123,9 @@ class Receiver(ThreadingHTTPServer):
 
     def commit(self) -> None:
         """Write what has been accepted, and answer; what another thread is writing, that one answers."""
-        while True:
+        for step in itertools.count():
+            if step == STEPS_IN_A_ROW:
+                self.step_down()
             with contextlib.suppress(IndexError):
                 while True:
                     handler = self.written.popleft().handler
@@ -2138,8 +2164,9 @@ class Receiver(ThreadingHTTPServer):
         """Accept no more connections but those that wait already: they have been told that they are connected."""
         self.stopping = True
         self.stop_accepting()
-        while self.accept_connection():
-            pass
+        for _ in range(LISTEN_QUEUE):
+            if not self.accept_connection():
+                break
         self.server_close()
 
     def start_accepting(self) -> None:
@@ -2246,11 +2273,10 @@ class Receiver(ThreadingHTTPServer):
             sent = proof.delivery_id, proof.sent_at
             delivery = Delivery(now, webhook.name, webhook.type, *sent, request.body, text, key)
             handle_alert(delivery)
-            line = render_json(delivery)
-            shown = self.render(delivery) if self.render else line + "}\n"
-            logged = "" if self.outputs.log is None else f'{line}, "key": {quote(key) if key else "null"}}}\n'
-            return Entry(shown, logged, webhook, proof.keys, request)  # kept by `commit`, and answered by `answer`
-        except Exception as error:
+            entry = Entry(delivery, webhook, proof.keys, request)
+            entry.shown = (self.render(delivery) if self.render else entry.line + "}\n").encode()
+            return entry  # which `commit` keeps, and `answer` answers
+        except (Exception, SystemExit) as error:
             webhook.memory.settle(proof.keys, kept=False)
             LOG.debug("not kept", exc_info=True)
             raise Refusal("handler", f"{type(error).__name__}: {error}", webhook.name) from None
@@ -2442,8 +2468,8 @@ def serve(receiver: Receiver, path: str, events: queue.SimpleQueue[int]) -> int:
                 break
             reload_config(receiver, path)
     notify("STOPPING=1")
-    receiver.shutdown()
     now = quiet = time.monotonic()
+    receiver.shutdown()
     deadline = now + DRAIN_SECONDS
     # A proxy may be sending a request on a connection kept alive at this moment, so those get a short while more.
     while (receiver.connections or receiver.watched) and now < deadline:

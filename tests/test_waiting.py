@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import tempfile
@@ -27,6 +28,8 @@ sys.path.insert(0, {str(PROGRAM.parent)!r})
 import central_webhook_client
 
 def wait_for_go(delivery):
+    if delivery.payload.get("leave"):
+        sys.exit(3)
     open(delivery.delivery_id, "w").close()
     while not os.path.exists("go"):
         time.sleep(0.01)
@@ -50,26 +53,36 @@ def cpu_seconds(receiver):
 
 
 class OwnCode(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.program = Path(folder.name, "own.py")
+        self.program.write_text(OWN_CODE)
+
     def test_it_runs_for_several_deliveries_at_once_and_holds_up_nothing_else(self):
-        with tempfile.TemporaryDirectory() as folder:
-            program = Path(folder, "own.py")
-            program.write_text(OWN_CODE)
-            with Receiver(config_of(), program=program) as receiver:
-                answers = []
-                threads = [
-                    threading.Thread(target=lambda: answers.append(receiver.deliver().status)) for _ in range(5)
-                ]
-                for thread in threads:
-                    thread.start()
-                deadline_poll(lambda: len(list(receiver.folder.glob("72d3162e-*"))) == 5)
-                self.assertEqual(receiver.request(HEALTH).status, 200)
-                self.assertEqual(receiver.deliver(token="another").status, 401)
-                self.assertEqual(answers, [])
-                (receiver.folder / "go").touch()
-                for thread in threads:
-                    thread.join(10)
-                self.assertEqual(answers, [200] * 5)
-                self.assertEqual(len(receiver.wait_for_stdout(5)), 5)
+        with Receiver(config_of(), program=self.program) as receiver:
+            answers = []
+            threads = [threading.Thread(target=lambda: answers.append(receiver.deliver().status)) for _ in range(5)]
+            for thread in threads:
+                thread.start()
+            deadline_poll(lambda: len(list(receiver.folder.glob("72d3162e-*"))) == 5)
+            self.assertEqual(receiver.request(HEALTH).status, 200)
+            self.assertEqual(receiver.deliver(token="another").status, 401)
+            self.assertEqual(answers, [])
+            (receiver.folder / "go").touch()
+            for thread in threads:
+                thread.join(10)
+            self.assertEqual(answers, [200] * 5)
+            self.assertEqual(len(receiver.wait_for_stdout(5)), 5)
+
+    def test_code_that_wants_to_end_the_program_refuses_its_delivery_each_time(self):
+        with Receiver(config_of(max_connections=3), program=self.program) as receiver:
+            body = new_body(leave=True)
+            headers = central_headers(body)
+            for _ in range(5):
+                self.assertEqual(receiver.post(body, headers).status, 503)
+            receiver.wait_for_log("handler: SystemExit")
+            self.assertFalse([line for line in receiver.stderr_lines if "in_progress" in line])
 
 
 class Stalls(unittest.TestCase):
@@ -81,7 +94,7 @@ class Stalls(unittest.TestCase):
     def test_while_the_reader_of_stdout_stalls_senders_that_go_on_or_go_away_cost_nothing(self):
         reading, writing = os.pipe()
         self.addCleanup(os.close, reading)
-        with Receiver(config_of(request_timeout_seconds=1), stdout=writing) as receiver:
+        with Receiver(config_of(request_timeout_seconds=2), stdout=writing) as receiver:
             os.close(writing)
             first = receiver.connect()
             first.send(signed_request(filler="x" * (1 << 19)))  # more than a pipe holds
@@ -119,6 +132,51 @@ class Stalls(unittest.TestCase):
             self.assertEqual(receiver.request(HEALTH).status, 200)
             for connection in deaf:
                 connection.socket.close()
+
+
+class Floods(unittest.TestCase):
+    def flood(self, receiver, data):
+        """Send `data` again and again on one connection, read the answers, and see that others are served."""
+        with receiver.connect() as connection:
+            stopped = threading.Event()
+
+            def write():
+                with contextlib.suppress(OSError):
+                    while not stopped.is_set():
+                        connection.send(data)
+
+            def read():
+                with contextlib.suppress(OSError):
+                    while connection.socket.recv(1 << 16):
+                        pass
+
+            threads = [threading.Thread(target=write), threading.Thread(target=read)]
+            for thread in threads:
+                thread.start()
+            try:
+                for _ in range(10):
+                    self.assertEqual(receiver.request(HEALTH, timeout=2).status, 200)
+                    body = new_body()
+                    request = raw_request(headers=central_headers(body), body=body)
+                    self.assertEqual(receiver.request(request, timeout=2).status, 200)
+            finally:
+                stopped.set()
+                connection.socket.shutdown(socket.SHUT_RDWR)
+                for thread in threads:
+                    thread.join(10)
+
+    def test_a_sender_that_never_pauses_holds_up_nobody(self):
+        forged = raw_request(headers=central_headers(b"{}", token="another"), body=b"{}")
+        kinds = {"forged": forged * 500, "repeated": signed_request() * 500, "asked": HEALTH * 500}
+        with Receiver(config_of()) as receiver:
+            for kind, data in kinds.items():
+                with self.subTest(kind):
+                    self.flood(receiver, data)
+
+    def test_bodies_in_chunks_of_one_byte_hold_up_nobody(self):
+        head = raw_request(headers={"Transfer-Encoding": "chunked"}, length=False)
+        with Receiver(config_of()) as receiver:
+            self.flood(receiver, head + b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n")
 
 
 class LineEnds(unittest.TestCase):
