@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import tempfile
 import threading
@@ -94,11 +95,11 @@ class Stalls(unittest.TestCase):
     def test_while_the_reader_of_stdout_stalls_senders_that_go_on_or_go_away_cost_nothing(self):
         reading, writing = os.pipe()
         self.addCleanup(os.close, reading)
+        self.addCleanup(os.close, writing)
         with Receiver(config_of(request_timeout_seconds=2), stdout=writing) as receiver:
-            os.close(writing)
             first = receiver.connect()
             first.send(signed_request(filler="x" * (1 << 19)))  # more than a pipe holds
-            self.wait_for_requests_in_flight(receiver, 1)
+            deadline_poll(lambda: not select.select([], [writing], [], 0)[1])  # the pipe is full
             connections = [receiver.connect() for _ in range(20)]
             for number, connection in enumerate(connections):
                 connection.send(signed_request() + b"GET /health HTTP/1.1\r\n" * (number % 2))
