@@ -5,7 +5,8 @@
 
 One file, Python 3.9 or newer, standard library only. It runs behind an HTTPS reverse proxy (nginx/centralwebhook.conf).
 A delivery is one POST. It is checked in this order: well-formed HTTP, path, signature over the raw body, age, not seen
-before. Then it is written (stdout, and log_file to the disk), and only then answered with 200: see `Receiver.accept`.
+before: `Receiver.accept`. Then it is written (stdout, and log_file to the disk): `Receiver.commit`. Only then it is
+answered with 200: `Handler.answer`.
 
 The sections, pure functions first, sockets late (grep '^# ----' prints this map):
 
