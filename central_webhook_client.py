@@ -5,8 +5,8 @@
 
 One file, Python 3.9 or newer, standard library only. It runs behind an HTTPS reverse proxy (nginx/centralwebhook.conf).
 A delivery is one POST. It is checked in this order: well-formed HTTP, path, signature over the raw body, age, not seen
-before: `Receiver.accept`. Then it is written (stdout, and log_file to the disk): `Receiver.commit`. Only then it is
-answered with 200: `Handler.answer`.
+before: `Receiver.keep`. Then it is written (stdout, and log_file to the disk): `Outputs.write`. Only then it is
+answered with 200: `Handler.serve_request`.
 
 The sections, pure functions first, sockets late (grep '^# ----' prints this map):
 
@@ -65,7 +65,7 @@ import time
 import urllib.parse
 from datetime import date, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Generator, Iterator, Mapping, NamedTuple, Optional, Sequence, TypeVar
 
 if sys.platform != "win32":
     import fcntl
@@ -83,13 +83,12 @@ MAX_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which nobody us
 RECEIVE_BYTES = 64 * 1024  # one recv takes a whole usual request: headers and body
 KEEP_ALIVE_SECONDS = 75.0  # above nginx's 60, so that nginx closes first and never meets a closed connection
 LISTEN_QUEUE = 1024  # socketserver's 5 loses most of a burst of connections
-STEPS_IN_A_ROW = 8  # requests of one connection, or parts of one, before another thread serves the others
 ACCEPTED_AT_ONCE = 64  # connections, before those that are open already have their turn
 LINGER_SECONDS = 2.0  # a refused sender is read from this long, so that it can read the answer
 MAX_LINGERING = 200 if sys.platform == "win32" else 1024  # of those at once; select takes 512 sockets on Windows
 DRAIN_SECONDS = 10.0  # after SIGTERM: for requests in flight
 DRAIN_QUIET_SECONDS = 0.5  # after SIGTERM: for what is already on its way on a connection kept alive
-IDLE_THREADS = 16  # threads that are kept for when they are needed
+IDLE_THREADS = 16  # threads that are kept for jobs to come
 MAX_FUTURE_SECONDS = 15 * 60  # a sender's clock may be this much ahead
 REMEMBERED_DELIVERIES = 100_000  # of each webhook
 REJECTION_LINES_PER_SECOND = 10
@@ -213,6 +212,7 @@ HEADER_SIGNATURES = {  # a sender of this kind is one line: header, prefix, enco
     "entrupy": HeaderSignature("entrupy-signature", "SHA256:", base64.b64encode, ()),
 }
 TYPES = (*HEADER_SIGNATURES, "new-central")
+UNTOLD = ("bracken", "entrupy")  # nothing tells a replay of theirs from an event that happens again
 
 
 class Request:
@@ -768,6 +768,9 @@ def short_digest(*parts: bytes) -> bytes:
     return hashlib.sha256(b"\0".join(parts)).digest()[:16]
 
 
+Keys = tuple[bytes, ...]  # what identifies a delivery: any one of them
+
+
 class Memory:
     """What a webhook has accepted, so that nothing is accepted twice. A class because it is the state of section 6.
 
@@ -776,34 +779,31 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.seen: set[bytes] = set()
-        self.order: collections.deque[tuple[bytes, ...]] = collections.deque()
+        self.order: collections.deque[Keys] = collections.deque()
         self.pending: set[bytes] = set()
 
-    def claim(self, keys: tuple[bytes, ...]) -> bool:
+    def claim(self, keys: Keys) -> bool:
         """Begin to keep a delivery: True if it is new, False if it has been kept already.
 
         Raises:
             Refusal: its twin is being kept right now.
         """
-        with self.lock:
-            if not self.seen.isdisjoint(keys):
-                return False
-            if not self.pending.isdisjoint(keys):
-                raise Refusal("in_progress", "the same delivery is being written at this moment")
-            self.pending.update(keys)
-            return True
+        if not self.seen.isdisjoint(keys):
+            return False
+        if not self.pending.isdisjoint(keys):
+            raise Refusal("in_progress", "the same delivery is being written at this moment")
+        self.pending.update(keys)
+        return True
 
-    def settle(self, keys: tuple[bytes, ...], *, kept: bool) -> None:
+    def settle(self, keys: Keys, *, kept: bool) -> None:
         """End what `claim` began: remember the delivery if it was kept."""
-        with self.lock:
-            self.pending.difference_update(keys)
-            if kept and keys and self.seen.isdisjoint(keys):
-                self.seen.update(keys)
-                self.order.append(keys)
-                if len(self.order) > REMEMBERED_DELIVERIES:
-                    self.seen.difference_update(self.order.popleft())
+        self.pending.difference_update(keys)
+        if kept and keys and self.seen.isdisjoint(keys):
+            self.seen.update(keys)
+            self.order.append(keys)
+            if len(self.order) > REMEMBERED_DELIVERIES:
+                self.seen.difference_update(self.order.popleft())
 
 
 # ---- Your own code: the function to edit ------------------------------------
@@ -913,40 +913,33 @@ def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: in
 Render = Optional[Callable[[Delivery], str]]  # how stdout shows a delivery; None: as JSON Lines
 
 
-class Entry:
-    """An accepted delivery on its way to the outputs: what to write, until when (monotonic seconds), whom to answer."""
+class Entry(NamedTuple):
+    """An accepted delivery on its way to the outputs."""
 
-    __slots__ = ("deadline", "delivery", "failure", "handler", "keys", "line", "request", "shown", "webhook")
+    line: str  # as `render_json` makes it
+    key: Optional[str]
+    shown: bytes  # what stdout gets
+    deadline: float  # monotonic seconds: as long may stdout take
 
-    def __init__(self, delivery: Delivery, webhook: Webhook, keys: tuple[bytes, ...], request: Request) -> None:
-        self.delivery, self.webhook, self.keys, self.request = delivery, webhook, keys, request
-        self.line, self.failure = render_json(delivery), "not written"
-        self.handler: Handler
-        self.deadline: float
-        self.shown: bytes
 
-    def log_line(self) -> bytes:
-        """Return the line for the log: that of `render_json`, with the key."""
-        key = quote(self.delivery.key) if self.delivery.key else "null"
-        return f'{self.line}, "key": {key}}}\n'.encode()
+class WouldWait(Exception):
+    """stdout takes no more at this moment."""
 
 
 class Outputs:
-    """stdout and the log file. A class because deliveries that arrive together share one write and one sync.
+    """stdout and the log file. A class because a write can end in the middle of a line.
 
-    Whoever holds `turn` writes all that is `waiting` (group commit): while one batch goes to the disk, the next one
-    gathers. Always true: the log ends with a whole line, or `cut_to` says where the last whole one ends.
+    Always true: the log ends with a whole line, or `cut_to` says where the last whole one ends; `unwritten` is what
+    stdout gets before anything else, and completes a line of which it has taken half if `is_torn`.
     """
 
     def __init__(self, log_file: Optional[str], patience_seconds: float) -> None:
         self.patience_seconds, self.log_path = patience_seconds, log_file
-        self.turn = threading.Lock()
-        self.waiting: collections.deque[Entry] = collections.deque()
-        self.torn = b""  # the rest of a line that stdout has taken half of: it goes first
+        self.log_lock = threading.Lock()
+        self.unwritten, self.is_torn = b"", False
         self.failing = ""  # why, while the last attempt has failed
         self.started = math.inf  # monotonic seconds, while one is under way
         self.gone = threading.Event()  # nobody reads stdout any more
-        self.before_waiting: Callable[[], None] = lambda: None  # called by a thread that is about to wait
         try:
             can_block = not stat.S_ISREG(os.fstat(STDOUT).st_mode)
         except OSError as error:
@@ -966,76 +959,80 @@ class Outputs:
         """Tell whether the last attempt has failed, or the present one takes too long."""
         return bool(self.failing) or time.monotonic() - self.started > self.patience_seconds
 
-    def write_waiting(self) -> list[Entry]:
-        """Write all that waits to stdout, and then to the log, there on disk; return it. Needs `turn`.
+    def write(self, entries: Sequence[Entry], *, may_wait: bool) -> Optional[str]:
+        """Write a batch to stdout, and then to the log, there on disk; return "", or why the log does not have it.
 
-        It succeeds or fails as a whole: the `failure` of each is "", or why the log does not have it; stdout may.
+        It succeeds or fails as a whole; stdout may have it all the same. None: it would have to wait, and must be
+        called once more, with `may_wait`, before anything else.
         """
-        batch: list[Entry] = []
+        if math.isinf(self.started):
+            self.started = time.monotonic()
+            self.unwritten += b"".join([entry.shown for entry in entries])
+        failure = ""
         try:
-            while self.waiting:
-                batch.append(self.waiting.popleft())
-        except IndexError:
-            pass  # whose time is over has been taken away meanwhile
-        if not batch:
-            return batch
-        failure, self.started = "not written", time.monotonic()
-        try:
+            if self.log is not None and not may_wait:
+                return None
+            self.write_stdout(entries[0].deadline if may_wait else 0)
             if self.log is not None:
-                self.before_waiting()
-            self.write_stdout(b"".join([entry.shown for entry in batch]), batch[0].deadline)
-            if self.log is not None:
-                self.append_log(self.log, b"".join([entry.log_line() for entry in batch]))
-            failure = ""
+                keys = [quote(entry.key) if entry.key else "null" for entry in entries]
+                lines = [f'{entry.line}, "key": {key}}}\n' for entry, key in zip(entries, keys)]
+                self.append_log("".join(lines).encode())
+        except WouldWait:
+            return None
         except Exception as error:
             failure = str(error) if isinstance(error, OutputError) else repr(error)
-        finally:
-            if failure != self.failing:
-                LOG.log(logging.ERROR if failure else logging.INFO, "output: %s", failure or "works again")
-            self.failing, self.started = failure, math.inf
-            for entry in batch:
-                entry.failure = failure
-        return batch
+            # Keep only what completes a line that is half out: what has not begun is answered 503 and comes again.
+            self.unwritten = self.unwritten[: self.unwritten.find(b"\n") + 1] if self.is_torn else b""
+        if failure != self.failing:
+            LOG.log(logging.ERROR if failure else logging.INFO, "output: %s", failure or "works again")
+        self.failing, self.started = failure, math.inf
+        return failure
 
-    def write_stdout(self, data: bytes, deadline: float) -> None:
-        """Write to stdout; raise OutputError if its reader takes nothing until `deadline`, or is gone."""
-        data, start = self.torn + data, 0
+    def write_stdout(self, deadline: float) -> None:
+        """Write what is `unwritten` to stdout, and wait for its reader until `deadline` (0: not at all).
+
+        Raises:
+            WouldWait: its reader has not taken all, and `deadline` is 0.
+            OutputError: its reader has not taken all in time, or is gone.
+        """
+        data, start = self.unwritten, 0
         size = select.PIPE_BUF if self.poll else len(data)  # as much never blocks once poll says "ready"
+        slow = OutputError(f"stdout: its reader has not taken all in {self.patience_seconds:g} s")
         try:
             while start < len(data):
-                if self.poll and not self.poll.poll(0):
-                    self.before_waiting()
-                    if not self.poll.poll(max(0, int(1000 * (deadline - time.monotonic())))):
-                        raise OutputError(f"stdout: its reader has not taken all in {self.patience_seconds:g} s")
+                left = 1000 * (deadline - time.monotonic()) if deadline else 0
+                if self.poll and not self.poll.poll(max(0, int(left))):
+                    raise slow if deadline else WouldWait
                 try:
                     start += os.write(self.stdout, data[start : start + size])
                 except BlockingIOError:
-                    self.before_waiting()
-                    if time.monotonic() >= deadline:
-                        raise OutputError("stdout: its reader is too slow") from None
+                    if left <= 0:
+                        raise slow if deadline else WouldWait from None
                     time.sleep(0.01)
         except OSError as error:
             if error.errno == errno.EPIPE or self.poll and error.errno in (errno.EIO, errno.ECONNRESET):
                 self.gone.set()
             raise OutputError(f"stdout: {error.strerror}") from None
         finally:
-            # Keep only what completes a line that is half out: what has not begun is answered 503 and comes again.
-            is_torn = data[start - 1 : start] != b"\n" if start else self.torn
-            self.torn = data[start : data.find(b"\n", start) + 1] if is_torn else b""
+            self.unwritten = data[start:]
+            self.is_torn = data[start - 1 : start] != b"\n" if start else self.is_torn
 
-    def append_log(self, log: int, data: bytes) -> None:
+    def append_log(self, data: bytes) -> None:
         """Append to the log, synced; on failure cut it back to its last whole line and raise OutputError."""
-        try:
-            self.cut_log(log)
-            self.cut_to = os.fstat(log).st_size
-            while data:
-                data = data[os.write(log, data) :]
-            getattr(os, "fdatasync", os.fsync)(log)  # macOS and Windows have no fdatasync
-            self.cut_to = None
-        except OSError as error:
-            with contextlib.suppress(OSError):  # cut_to stays, so the next append tries again before it writes
+        with self.log_lock:
+            log = self.log
+            assert log is not None
+            try:
                 self.cut_log(log)
-            raise OutputError(f"{self.log_path}: {error.strerror}") from None
+                self.cut_to = os.fstat(log).st_size
+                while data:
+                    data = data[os.write(log, data) :]
+                getattr(os, "fdatasync", os.fsync)(log)  # macOS and Windows have no fdatasync
+                self.cut_to = None
+            except OSError as error:
+                with contextlib.suppress(OSError):  # cut_to stays, so the next append tries again before it writes
+                    self.cut_log(log)
+                raise OutputError(f"{self.log_path}: {error.strerror}") from None
 
     def cut_log(self, log: int) -> None:
         """Cut off what a failed append has left."""
@@ -1045,7 +1042,7 @@ class Outputs:
 
     def reopen(self, log_file: Optional[str], patience_seconds: float) -> None:
         """Open the log again (logrotate has moved it), or another one; raise OutputError and keep the old one."""
-        if not self.turn.acquire(timeout=self.patience_seconds):
+        if not self.log_lock.acquire(timeout=self.patience_seconds):
             raise OutputError(f"the output is stuck for {self.patience_seconds:g} s")
         try:
             same = False
@@ -1061,7 +1058,7 @@ class Outputs:
                 self.log, self.log_path, self.cut_to = log, log_file, None
             self.patience_seconds = patience_seconds
         finally:
-            self.turn.release()
+            self.log_lock.release()
 
 
 def open_log(path: str) -> int:
@@ -1123,34 +1120,32 @@ def lines_from_end(path: str) -> Iterator[bytes]:
 _LOG_LINE = re.compile(rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}')
 
 
-def load_memories(path: str, webhooks: Sequence[Webhook], now: float) -> int:
-    """Fill the memories of webhooks from the end of a log; return how many deliveries were found.
+def read_log(path: str, webhooks: Sequence[Webhook], now: float) -> list[tuple[Webhook, Keys]]:
+    """Return what the end of a log says that webhooks have accepted, oldest first.
 
     Reads back until each has its REMEMBERED_DELIVERIES, or only older ones than its replay window lets through.
     """
-    found: dict[bytes, list[tuple[bytes, ...]]] = {}
-    since: dict[bytes, bytes] = {}  # the webhooks that still want more, and from when on (as in received_at)
-    for webhook in webhooks:
-        if webhook.type not in ("bracken", "entrupy"):
-            name, window = quote(webhook.name).encode(), webhook.replay_window_seconds
-            found[name], since[name] = [], format_utc(now - window - MAX_FUTURE_SECONDS).encode() if window else b""
-    lines = lines_from_end(path) if since else iter(())
+    found: list[tuple[Webhook, Keys]] = []
+    by_name = {quote(one.name).encode(): one for one in webhooks if one.type not in UNTOLD}
+    since = {}  # the webhooks that still want more, and from when on (as in received_at)
+    for name, webhook in by_name.items():
+        window = webhook.replay_window_seconds
+        since[name] = format_utc(now - window - MAX_FUTURE_SECONDS).encode() if window else b""
+    lines, counts = lines_from_end(path), collections.Counter[bytes]()
     next(lines, b"")  # what follows the last line feed
     for line in lines:
         match, moment = _LOG_LINE.fullmatch(line), line[17:41]
-        if moment < max(since.values()) and line.startswith(_LOG_START):
+        if line.startswith(_LOG_START) and moment < max(since.values(), default=b""):
             since = {name: first for name, first in since.items() if moment >= first}
-        elif match and match[1] in since:
+        if match and match[1] in since:
             with contextlib.suppress(ValueError):
-                found[match[1]].append(tuple(map(bytes.fromhex, match[2].decode().split("."))))
-            if len(found[match[1]]) >= REMEMBERED_DELIVERIES:
+                found.append((by_name[match[1]], tuple(map(bytes.fromhex, match[2].decode().split(".")))))
+            counts[match[1]] += 1
+            if counts[match[1]] >= REMEMBERED_DELIVERIES:
                 del since[match[1]]
         if not since:
             break
-    for webhook in webhooks:
-        for keys in reversed(found.get(quote(webhook.name).encode(), [])):
-            webhook.memory.settle(keys, kept=True)
-    return sum(map(len, found.values()))
+    return found[::-1]
 
 
 # ---- Configuration ----------------------------------------------------------
@@ -1462,7 +1457,7 @@ def describe_webhook(webhook: Webhook) -> str:
         f"tokens: {len(webhook.tokens)}",
         f"at most {hours:g} h old" if hours else "of any age",
         "body protected" if scheme else "BODY NOT PROTECTED, unless the sender covers content-digest",
-        "repetitions are told" if webhook.type not in ("bracken", "entrupy") else "repetitions are not told",
+        "repetitions are told" if webhook.type not in UNTOLD else "repetitions are not told",
     ])  # fmt: skip
 
 
@@ -1508,9 +1503,8 @@ def check_webhook(webhook: Webhook, request: Request, now: float) -> Proof:
         # retry that is signed anew has another signature, so its ID with the body names it as well.
         keys = (short_digest(signature.encode()), short_digest(delivery_id.encode("latin-1"), request.body))
         return Proof(token, sent, sent_at, delivery_id, keys)
-    told = webhook.type not in ("bracken", "entrupy")  # nothing tells a replay of theirs from a repeated event
     shown = format_utc(sent) if sent is not None and abs(sent) < 1e11 else None
-    return Proof(token, sent, shown, None, (short_digest(request.body),) if told else ())
+    return Proof(token, sent, shown, None, () if webhook.type in UNTOLD else (short_digest(request.body),))
 
 
 def check_webhooks(webhooks: Sequence[Webhook], request: Request, now: float) -> tuple[Webhook, Proof]:
@@ -1523,6 +1517,17 @@ def check_webhooks(webhooks: Sequence[Webhook], request: Request, now: float) ->
             refusal.webhook = webhook.name
             refusals.append(refusal)
     raise max(refusals, key=lambda refusal: ("signature", "api_key", "oidc", "provider").index(refusal.reason))
+
+
+def make_delivery(webhook: Webhook, request: Request, proof: Proof, now: float) -> Delivery:
+    """Put together what is kept and handed on; an API key in a field of the body is masked."""
+    text = json_text(request.body)
+    if text is not None and webhook.api_key and webhook.api_key.place == "field":
+        (start, end), *_ = find_top_level_field(text, webhook.api_key.name)
+        text = f'{text[:start]}"***"{text[end:]}'
+    key = ".".join([part.hex() for part in proof.keys]) or None
+    sent = proof.delivery_id, proof.sent_at
+    return Delivery(now, webhook.name, webhook.type, *sent, request.body, text, key)
 
 
 def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[Webhook]) -> str:
@@ -1687,173 +1692,193 @@ def encode_reply(second: int, status: int, kind: str, body: bytes, head_only: bo
 
 # ---- HTTP server ------------------------------------------------------------
 
+T = TypeVar("T")
+Steps = Generator[Any, Any, T]  # a part of a conversation: what it waits for, what it is brought, what it returns
+Job = Callable[[], Any]
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection: reads its requests one after the other, answers each with one send.
+    """One connection, from its first byte to its last: `converse` reads requests and answers them, one after the other.
 
-    It reads and writes as if it had a thread of its own, and has one as soon as it must wait: see `Receiver.step_down`.
-    Always true: `buffer` from `start` on is what was received and not consumed. BaseHTTPRequestHandler's own reading is
-    not used: it is lenient where we must be strict, has no total deadline, and costs four times the time.
+    It reads from top to bottom as if it had a thread of its own, and is a generator: at each `yield` it waits while
+    others are served, for bytes (`yield`), for a delivery to be kept (`yield entry`) or for a job that may take long
+    (`yield job`); `Receiver.go_on` brings it what it waits for. BaseHTTPRequestHandler's own reading is not used: it is
+    lenient where we must be strict, has no total deadline, and costs four times the time.
     """
 
     server: Receiver
+    buffer = b""  # received, not consumed
+    unsent = b""  # replies that the sender has not taken yet
+    is_busy = is_watched = lingers = False
+    is_new = True
 
     def setup(self) -> None:
-        """Begin with an empty buffer; no file objects around the socket."""
+        """Begin; no file objects around the socket."""
         self.request.setblocking(False)
-        self.buffer, self.start, self.is_new, self.is_lingering, self.is_away = b"", 0, True, False, True
-        self.entry: Optional[Entry] = None  # of the delivery that is being kept
         self.deadline = time.monotonic() + self.server.config.request_timeout_seconds
-        self.is_superfluous = len(self.server.connections) >= self.server.config.max_connections
+        self.steps, self.wanted = self.converse(), None
         self.server.connections.add(self)
+
+    def handle(self) -> None:
+        """Serve what has come with the connection."""
+        self.server.go_on(self)
+        self.is_new = False
+        if self.wanted is None and self.request.fileno() >= 0:
+            self.receive()
 
     def finish(self) -> None:
         """Nothing is buffered, so nothing is flushed."""
 
-    def handle(self) -> None:
-        """Serve what has arrived; then let the connection wait for more, or close it."""
-        self.serve(self.receive)
-
-    def serve(self, first: Callable[[], bool]) -> None:
-        """Do something with the connection, which returns whether it goes on, and serve what else has arrived."""
-        goes_on, self.steps = False, 0
+    def receive(self) -> None:
+        """Take what has arrived, and go on."""
+        if self.wanted is not None:
+            self.server.watch(self, False)  # it waits for something else first
+            return
         try:
-            goes_on = first() and self.serve_buffer()
+            data = self.request.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            self.server.watch(self, True)
         except OSError:
-            self.is_lingering = False  # the sender is gone: nobody to tell
-        except Exception:
-            self.is_lingering = False
-            self.server.handle_error(self.request, self.client_address)
-        if self.entry:
-            self.server.outputs.waiting.append(self.entry)  # from now on another thread may go on with the connection
+            self.server.close_connection(self)
         else:
-            self.server.wait_or_close(self, goes_on or self.is_lingering)
+            self.server.go_on(self, data)
 
-    def receive(self) -> bool:
-        """Add what has arrived to the buffer; return whether the connection goes on."""
-        if self.is_superfluous:
-            self.is_superfluous, most = False, self.server.config.max_connections
-            return self.refuse(Refusal("overload", f"more than max_connections, {most}"), None, ())
-        if self.server.leader != threading.get_ident():
-            return True  # at a stop: the leader will find it ready
-        try:
-            data = self.request.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return not self.is_lingering
-        if self.is_lingering:
-            self.is_lingering = bool(data)
-            return False
-        self.buffer, self.start = self.buffer[self.start :] + data, 0
-        return bool(data)
-
-    def serve_buffer(self) -> bool:
-        """Serve the requests in the buffer, one after the other; return whether the connection goes on."""
-        while not self.entry:
-            ahead = self.buffer[self.start : self.start + 2]
-            if ahead == b"\r\n":  # RFC 9112 section 2.2: an empty line before a request is passed over
-                self.start += 2
-            elif ahead in (b"", b"\r"):
-                break
+    def converse(self) -> Steps[None]:
+        """Serve the connection."""
+        server, is_first, goes_on = self.server, True, True
+        if len(server.connections) > server.config.max_connections:
+            overload = Refusal("overload", f"more than max_connections, {server.config.max_connections}")
+            goes_on = self.refuse(overload, None, ())
+        while goes_on:
+            while self.buffer in (b"", b"\r") or self.buffer.startswith(b"\r\n"):
+                if len(self.buffer) > 1:  # RFC 9112 section 2.2: an empty line before a request is passed over
+                    self.buffer = self.buffer[2:]
+                    continue
+                try:
+                    data = yield
+                except Refusal as refusal:
+                    if is_first:
+                        self.refuse(refusal, None, ())
+                    data = b""
+                if not data:
+                    goes_on = False
+                    break
+                self.buffer += data
             else:
-                self.count_step()
-                if not self.handle_request():
-                    return False
-        return True
+                if not is_first:
+                    self.deadline = time.monotonic() + server.config.request_timeout_seconds
+                self.is_busy, is_first = True, False
+                goes_on = yield from self.serve_request()
+                self.is_busy = False
+            if self.unsent:
+                yield self.send_rest
+        if self.lingers:
+            yield from self.linger()
 
-    def count_step(self) -> None:
-        """Let others be served too, however fast this sender sends."""
-        self.steps += 1
-        if self.steps > STEPS_IN_A_ROW:
-            self.server.step_down()
-
-    def answer(self) -> bool:
-        """Answer a delivery that has been kept, or has not; return whether another request may follow."""
-        entry, self.entry = self.entry, None
-        assert entry
-        server, webhook = self.server, entry.webhook
-        webhook.memory.settle(entry.keys, kept=not entry.failure)
-        try:
-            if entry.failure:
-                return self.refuse(Refusal("output", entry.failure, webhook.name), entry.request, (webhook,))
-            server.metrics.count(webhook.name, "accepted", len(entry.request.body), time.time())
-            return self.reply(entry.request, 200, b'{"status": "ok"}')
-        finally:
-            server.busy.discard(self)
-
-    def expire(self) -> bool:
-        """End a connection that has waited for too long."""
-        if self.is_new and not self.is_lingering:
-            return self.refuse(Refusal("timeout", "no request on a new connection"), None, ())
-        self.is_lingering = False
-        return False
-
-    def linger(self) -> None:
-        """Read and drop what still comes, for a while, and no longer count: to close with unread data is to reset the
-        connection, which loses the answer."""
-        self.server.connections.discard(self)
-        self.request.shutdown(socket.SHUT_WR)
-        self.is_lingering = len(self.server.watched) < self.server.config.max_connections + MAX_LINGERING
-        self.deadline = time.monotonic() + LINGER_SECONDS
-
-    def receive_more(self) -> None:
-        """Add more of a request that has begun. Raises Refusal when its time is over, or the stream."""
-        data: Optional[bytes] = None
-        self.count_step()
-        try:
-            data = self.request.recv(RECEIVE_BYTES)
-        except BlockingIOError:  # it is still on its way
-            self.server.step_down()
-            with contextlib.suppress(socket.timeout):
-                self.request.settimeout(max(self.deadline - time.monotonic(), 0.001))
-                data = self.request.recv(RECEIVE_BYTES)
-            self.request.setblocking(False)
-        if data is None or time.monotonic() >= self.deadline:
-            raise Refusal("timeout", "the request was not complete in time")
-        if not data:
-            raise Refusal("malformed", "the connection ended within the request")
-        self.buffer, self.start = self.buffer[self.start :] + data, 0
-
-    def send(self, data: bytes) -> None:
-        """Send all of `data`; a sender that does not read its answers is waited for like a request."""
-        try:
-            sent = self.request.send(data)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(data):
-            self.server.step_down()
-            self.request.settimeout(self.server.config.request_timeout_seconds)
-            self.request.sendall(data[sent:])
-            self.request.setblocking(False)
-
-    def handle_request(self) -> bool:
+    def serve_request(self) -> Steps[bool]:
         """Read one request and answer it; return whether another may follow."""
         server, config = self.server, self.server.config
         request: Optional[Request] = None
         webhooks: Sequence[Webhook] = ()
-        if not self.is_new:
-            self.deadline = time.monotonic() + config.request_timeout_seconds
-        self.is_new = False
-        server.busy.add(self)
         try:
-            request = self.read_head()
+            request = yield from self.read_head()
             length = parse_framing(request, config.max_body_bytes)
             webhooks = server.route(request)
             expects = "expect" in request.headers and request.headers["expect"].lower() == "100-continue"
             if expects and request.version == "HTTP/1.1" and length != 0:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.body = self.read_chunked() if length is None else self.read_body(length)
+            request.body = yield from self.read_chunked() if length is None else self.read_bytes(length)
             if not webhooks:
                 return self.reply(request, *server.own_answer(request.path))
-            self.entry = server.accept(request, webhooks, time.time())
-            if self.entry:
-                self.entry.handler, self.entry.deadline = self, time.monotonic() + server.outputs.patience_seconds
-                return True
-            return self.reply(request, 200, b'{"status": "duplicate"}')
+            is_new = yield from server.keep(request, webhooks)
+            return self.reply(request, 200, b'{"status": "ok"}' if is_new else b'{"status": "duplicate"}')
         except Refusal as refusal:
             return self.refuse(refusal, request, webhooks)
-        finally:
-            if not self.entry:
-                server.busy.discard(self)
+
+    def receive_more(self) -> Steps[None]:
+        """Wait for more of a request that has begun. Raises Refusal when the stream or its time is over."""
+        data = yield
+        if not data:
+            raise Refusal("malformed", "the connection ended within the request")
+        self.buffer += data
+
+    def read_head(self) -> Steps[Request]:
+        """Read up to the empty line and parse it."""
+        known = 0  # bytes that were looked through before: a sender may send them one by one
+        while True:
+            end = self.buffer.find(b"\r\n\r\n", max(0, known - 3))
+            if not 0 <= end <= MAX_REQUEST_LINE_BYTES:  # the usual request is below all limits
+                line_end = self.buffer.find(b"\r\n") % (len(self.buffer) + 1)  # -1: all of it
+                if line_end - self.buffer.endswith(b"\r") > MAX_REQUEST_LINE_BYTES:
+                    raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
+                if end % (len(self.buffer) + 1) - line_end > MAX_HEADER_BYTES:
+                    raise Refusal("headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes")
+            if end >= 0:
+                head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
+                return parse_head(head)
+            if _BARE_LF.search(self.buffer, known):
+                raise Refusal("malformed", "a line ends without CR")
+            known = len(self.buffer)
+            yield from self.receive_more()
+
+    def read_bytes(self, length: int) -> Steps[bytes]:
+        """Read `length` bytes."""
+        parts = []
+        while True:
+            part, self.buffer = self.buffer[:length], self.buffer[length:]
+            parts.append(part)
+            length -= len(part)
+            if not length:
+                return b"".join(parts)
+            yield from self.receive_more()
+
+    def read_line(self, limit: int) -> Steps[bytes]:
+        """Read a line of a chunked body, without its CRLF; at most `limit` bytes."""
+        while True:
+            line, end, rest = self.buffer[: limit + 2].partition(b"\r\n")
+            if end:
+                self.buffer = self.buffer[len(line) + 2 :]
+                return line
+            if len(self.buffer) >= limit + 2:
+                raise Refusal("malformed", f"a line of the chunked body is above {limit} bytes")
+            yield from self.receive_more()
+
+    def read_chunked(self) -> Steps[bytes]:
+        """Read and decode a chunked body (RFC 9112 section 7.1); trailers are checked and dropped."""
+        parts, total, limit, size = [], 0, self.server.config.max_body_bytes, -1
+        while size:
+            match = _CHUNK_LINE.fullmatch((yield from self.read_line(MAX_CHUNK_LINE_BYTES)))
+            if not match:
+                raise Refusal("malformed", "the size of a chunk is malformed")
+            size = int(match[1], 16)
+            total += size
+            if total > limit:
+                raise Refusal("body_too_large", f"the chunked body is above max_body_bytes, {limit}")
+            if size:
+                parts.append((yield from self.read_bytes(size)))
+                if (yield from self.read_bytes(2)) != b"\r\n":
+                    raise Refusal("malformed", "a chunk is longer than its size")
+        trailers = b""
+        while line := (yield from self.read_line(MAX_REQUEST_LINE_BYTES)):
+            trailers += line + b"\r\n"
+            if len(trailers) > MAX_HEADER_BYTES:
+                raise Refusal("headers_too_large", "the trailer fields are too large")
+        parse_fields(trailers)
+        return b"".join(parts)
+
+    def send(self, data: bytes) -> None:
+        """Send, as far as the sender reads its answers: the rest is for `send_rest`."""
+        sent = 0
+        if not self.unsent:
+            with contextlib.suppress(BlockingIOError):
+                sent = self.request.send(data)
+        self.unsent += data[sent:]
+
+    def send_rest(self) -> None:
+        """Wait for a sender that is slow to read its answers; a job."""
+        self.request.settimeout(self.server.config.request_timeout_seconds)
+        self.request.sendall(self.unsent)
+        self.request.setblocking(False)
+        self.unsent = b""
 
     def reply(self, request: Optional[Request], status: int, body: bytes, kind: str = JSON, *extra: str) -> bool:
         """Send a reply; return whether another request may follow. `request` is None where it could not be parsed."""
@@ -1868,8 +1893,7 @@ class Handler(BaseHTTPRequestHandler):
             LOG.debug("%d to %s: %s", status, self.server.peer_of(self.client_address, request), body[:100].decode())
         self.send(encode_reply(int(time.time()), status, kind, body, head_only, *extra))
         self.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
-        if close and (status != 200 or self.server.stopping):
-            self.linger()
+        self.lingers = close and (status != 200 or self.server.stopping)
         return not close
 
     def refuse(self, refusal: Refusal, request: Optional[Request], webhooks: Sequence[Webhook]) -> bool:
@@ -1888,128 +1912,68 @@ class Handler(BaseHTTPRequestHandler):
         extra = {401: f"WWW-Authenticate: {scheme}", 405: f"Allow: {allow}", 503: "Retry-After: 1"}.get(status)
         return self.reply(request, status, json.dumps({"error": error}).encode(), JSON, *([extra] if extra else []))
 
-    def read_head(self) -> Request:
-        """Read up to the empty line and parse it."""
-        known = 0  # bytes that were looked through before: a sender may send them one by one
-        while True:
-            end = self.buffer.find(b"\r\n\r\n", self.start + max(0, known - 3))
-            if not 0 <= end <= self.start + MAX_REQUEST_LINE_BYTES:  # the usual request is below all limits
-                line_end = self.buffer.find(b"\r\n", self.start) % (len(self.buffer) + 1)  # -1: all of it
-                if line_end - self.start - self.buffer.endswith(b"\r") > MAX_REQUEST_LINE_BYTES:
-                    raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
-                if end % (len(self.buffer) + 1) - line_end > MAX_HEADER_BYTES:
-                    raise Refusal("headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes")
-            if end >= 0:
-                head, self.start = self.buffer[self.start : end + 2], end + 4
-                return parse_head(head)
-            if _BARE_LF.search(self.buffer, self.start + known):
-                raise Refusal("malformed", "a line ends without CR")
-            known = len(self.buffer) - self.start
-            self.receive_more()
-
-    def read_body(self, length: int) -> bytes:
-        """Read `length` bytes."""
-        end = self.start + length
-        if end <= len(self.buffer):  # as usual
-            body, self.start = self.buffer[self.start : end], end
-            return body
-        parts, missing = [], length
-        while True:
-            parts.append(self.buffer[self.start : self.start + missing])
-            self.start += len(parts[-1])
-            missing -= len(parts[-1])
-            if not missing:
-                return b"".join(parts)
-            self.receive_more()
-
-    def read_line(self, limit: int) -> bytes:
-        """Read a line of a chunked body, without its CRLF; at most `limit` bytes."""
-        while True:
-            end = self.buffer.find(b"\r\n", self.start, self.start + limit + 2)
-            if end >= 0:
-                line, self.start = self.buffer[self.start : end], end + 2
-                return line
-            if len(self.buffer) - self.start >= limit + 2:
-                raise Refusal("malformed", f"a line of the chunked body is above {limit} bytes")
-            self.receive_more()
-
-    def read_chunked(self) -> bytes:
-        """Read and decode a chunked body (RFC 9112 section 7.1); trailers are checked and dropped."""
-        parts, total, limit, size = [], 0, self.server.config.max_body_bytes, -1
-        while size:
-            match = _CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE_BYTES))
-            if not match:
-                raise Refusal("malformed", "the size of a chunk is malformed")
-            size = int(match[1], 16)
-            total += size
-            if total > limit:
-                raise Refusal("body_too_large", f"the chunked body is above max_body_bytes, {limit}")
-            if size:
-                parts.append(self.read_body(size))
-                if self.read_body(2) != b"\r\n":
-                    raise Refusal("malformed", "a chunk is longer than its size")
-        trailers = b""
-        while line := self.read_line(MAX_REQUEST_LINE_BYTES):
-            trailers += line + b"\r\n"
-            if len(trailers) > MAX_HEADER_BYTES:
-                raise Refusal("headers_too_large", "the trailer fields are too large")
-        parse_fields(trailers)
-        return b"".join(parts)
+    def linger(self) -> Steps[None]:
+        """Read and drop what still comes, for a while, and no longer count: to close with unread data is to reset the
+        connection, which loses the answer."""
+        self.server.connections.discard(self)
+        if len(self.server.lingering) < MAX_LINGERING:
+            self.server.lingering.add(self)
+            self.request.shutdown(socket.SHUT_WR)
+            self.deadline = time.monotonic() + LINGER_SECONDS
+            with contextlib.suppress(Refusal):  # its time is over
+                while (yield):
+                    pass
 
 
 class RejectionLog:
     """Lets so many lines a second through, and sums up the others. A class because it counts."""
 
     def __init__(self) -> None:
-        self.lock, self.second, self.lines = threading.Lock(), 0, 0
+        self.second, self.lines = 0, 0
 
     def admit(self) -> bool:
         """Tell whether a rejection may have its line in the log."""
         self.sum_up()
-        with self.lock:
-            self.lines += 1
-            return self.lines <= REJECTION_LINES_PER_SECOND
+        self.lines += 1
+        return self.lines <= REJECTION_LINES_PER_SECOND
 
     def sum_up(self) -> None:
         """Write the line for those of the last second that had none."""
-        with self.lock:
-            second, lines = int(time.monotonic()), self.lines
-            if second == self.second:
-                return
+        second = int(time.monotonic())
+        if second != self.second:
+            if self.lines > REJECTION_LINES_PER_SECOND:
+                LOG.warning("%d more rejections within a second", self.lines - REJECTION_LINES_PER_SECOND)
             self.second, self.lines = second, 0
-        if lines > REJECTION_LINES_PER_SECOND:
-            LOG.warning("%d more rejections within a second", lines - REJECTION_LINES_PER_SECOND)
 
 
 class Metrics:
     """Counters in Prometheus' text format. A class because they outlive a configuration; labels are names of ours."""
 
     def __init__(self) -> None:
-        self.lock, self.body_bytes = threading.Lock(), 0
-        self.results: dict[tuple[str, str], int] = {}
+        self.results: dict[tuple[str, str], int] = {}  # by webhook ("" for requests that belong to none) and result
         self.last_accepted: dict[str, float] = {}
+        self.body_bytes = 0
 
     def add_webhooks(self, names: Sequence[str]) -> None:
         """Let all series of these webhooks exist."""
-        with self.lock:
-            for name in ["", *names]:  # "" stands for requests that belong to none
-                for result in (*REFUSALS, "accepted", "duplicate"):
-                    self.results.setdefault((name, result), 0)
-            self.last_accepted = {**dict.fromkeys(names, 0.0), **self.last_accepted}
+        for name in names:
+            self.last_accepted.setdefault(name, 0.0)
+        for name, result in itertools.product(["", *names], [*REFUSALS, "accepted", "duplicate"]):
+            self.results.setdefault((name, result), 0)
 
-    def count(self, name: str, result: str, body_bytes: int = 0, moment: float = 0) -> None:
-        """Count a delivery; `moment` is when it was accepted."""
-        with self.lock:
-            self.results[name, result] += 1
-            self.body_bytes += body_bytes
-            if moment:
-                self.last_accepted[name] = moment
+    def count(self, name: str, result: str, body_bytes: int) -> None:
+        """Count a request."""
+        self.results[name, result] += 1
+        self.body_bytes += body_bytes
 
     def render(self, in_flight: int) -> bytes:
         """Return the text that Prometheus reads."""
+
+        def quote_label(text: str) -> str:
+            return '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'
+
         series = "central_webhook_deliveries_total", "central_webhook_last_accepted_timestamp_seconds"
-        with self.lock:
-            counts, accepted = sorted(self.results.items()), sorted(self.last_accepted.items())
+        counts, accepted = sorted(self.results.items()), sorted(self.last_accepted.items())
         lines = [
             f"# TYPE {series[0]} counter",
             *(f'{series[0]}{{webhook={quote_label(name)},result="{result}"}} {n}' for (name, result), n in counts),
@@ -2023,22 +1987,14 @@ class Metrics:
         return "\n".join(lines).encode()
 
 
-def quote_label(text: str) -> str:
-    """Quote the value of a label."""
-    return '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'
-
-
 class Receiver(ThreadingHTTPServer):
-    """The server: serves whichever connection is ready, takes deliveries along their way, answers its own paths.
+    """The server: one thread serves whichever connection is ready, since to hand a delivery to another thread costs
+    more than the delivery; other threads do for it what may take long: disk, full pipe, code of your own, provider.
 
-    One thread at a time leads: it waits for all connections at once, and serves what has arrived itself, since to hand
-    a delivery to another thread costs more than the delivery. Before it has to wait for anything else, it steps down:
-    another thread leads, and it has all the time it needs. Always true: `connections` are the handlers that count as
-    open, `watched` those that the selector knows, `busy` those with a request in hand; one that `is_away` is not the
-    leader's to serve.
+    Always true: nothing here belongs to another thread than that of `serve_forever`, but for the queue of `jobs` and
+    the `calls` that other threads leave; a handler is in `connections`, or in `lingering`, until it is closed.
     """
 
-    daemon_threads = True
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
     request_queue_size = LISTEN_QUEUE
 
@@ -2048,20 +2004,23 @@ class Receiver(ThreadingHTTPServer):
         Raises:
             OSError: the address cannot be bound.
         """
-        self.config, self.outputs, self.render, self.stopping = config, outputs, render, False
-        outputs.before_waiting = self.step_down
+        self.config, self.outputs, self.render = config, outputs, render
         self.connections: set[Handler] = set()
-        self.watched: set[Handler] = set()
-        self.watch_lock = threading.Lock()
-        self.written: collections.deque[Entry] = collections.deque()  # to be answered
-        self.busy: set[Handler] = set()
-        self.selector = selectors.DefaultSelector()
-        self.lead, self.leader, self.followers = threading.Lock(), 0, set[int]()
-        self.next_look = 0.0
-        self.metrics, self.rejections = Metrics(), RejectionLog()
+        self.lingering: set[Handler] = set()
+        self.waiting: list[tuple[Handler, Entry]] = []  # to be written
+        self.is_writing = self.is_accepting = self.stopping = False
+        self.jobs: queue.SimpleQueue[Optional[tuple[Job, Callable[[Any], None]]]] = queue.SimpleQueue()
+        self.running = self.threads = 0
+        self.calls: collections.deque[Callable[[], None]] = collections.deque()
+        self.metrics, self.rejections, self.next_look = Metrics(), RejectionLog(), 0.0
         self.metrics.add_webhooks([webhook.name for webhook in config.webhooks])
+        self.has_own_code = has_own_code()
         self.old_tokens_named: dict[tuple[str, int], float] = {}
-        self.may_wait = may_wait(config)
+        self.selector = selectors.DefaultSelector()
+        self.waker, woken = socket.socketpair()
+        for end in (self.waker, woken):
+            end.setblocking(False)
+        self.selector.register(woken, selectors.EVENT_READ, functools.partial(self.take_calls, woken))
         host = "127.0.0.1" if config.host == "localhost" else config.host
         address: Any = (host, config.port)
         if inherited is None:
@@ -2076,110 +2035,160 @@ class Receiver(ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
         self.socket.setblocking(False)
         self.server_address = self.socket.getsockname()
-        self.start_accepting()
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's look-up of the host's name, which can hang."""
         socketserver.TCPServer.server_bind(self)
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
-        """Serve: lead, and follow while another thread does; some end where too many follow."""
-        thread = threading.get_ident()
-        while len(self.followers) < IDLE_THREADS:
-            self.followers.add(thread)
-            self.lead.acquire()
-            self.followers.discard(thread)
-            self.leader = thread
-            is_leading = True
-            while is_leading:
-                try:
-                    self.commit()
-                    is_leading = self.leader == thread
-                    if is_leading:
-                        self.serve_ready(poll_interval)
-                except Exception:
-                    self.handle_error(None, None)
-
-    def serve_ready(self, poll_interval: float) -> None:
-        """Wait until connections are ready, and serve what has arrived on them; look after those that wait too long."""
-        thread, ready = self.leader, self.selector.select(poll_interval)
-        for key, _ in ready:
-            handler: Optional[Handler] = key.data
-            if handler is None:
-                accepted = 0
-                while self.leader == thread and accepted < ACCEPTED_AT_ONCE and self.accept_connection():
-                    accepted += 1
-            elif handler.is_away:  # more comes while another thread has it: that one will have it watched again
-                with self.watch_lock:
-                    self.watch(handler, not handler.is_away)
-            else:
-                handler.is_away = True
-                handler.handle()
-            if self.leader != thread:
-                return  # who leads now finds the others ready again
-        now = time.monotonic()
-        if now >= self.next_look:
-            self.next_look = now + poll_interval
-            self.look_after(now)
-
-    def commit(self) -> None:
-        """Write what has been accepted, and answer; what another thread is writing, that one answers."""
-        for step in itertools.count():
-            if step == STEPS_IN_A_ROW:
-                self.step_down()
-            with contextlib.suppress(IndexError):
-                while True:
-                    handler = self.written.popleft().handler
-                    handler.serve(handler.answer)
-            if not self.outputs.waiting or not self.outputs.turn.acquire(blocking=False):
-                return
-            try:
-                self.written.extend(self.outputs.write_waiting())
-            finally:
-                self.outputs.turn.release()
-
-    def look_after(self, now: float) -> None:
-        """Do what is due several times a second."""
-        if not self.accepting and not self.stopping:
-            self.start_accepting()
-        self.rejections.sum_up()
-        with contextlib.suppress(IndexError):
-            while (entry := self.outputs.waiting.popleft()).deadline <= now:
-                entry.failure = f"stuck for {self.outputs.patience_seconds:g} s"
-                self.written.append(entry)
-            self.outputs.waiting.appendleft(entry)
-        for handler in [one for one in self.watched.copy() if one.deadline <= now and not one.is_away]:
-            handler.is_away = True
-            handler.serve(handler.expire)
-
-    def step_down(self) -> None:
-        """Let another thread lead, because this one is about to wait. Without effect in a thread that does not lead."""
-        if self.leader == threading.get_ident():
-            with contextlib.suppress(RuntimeError):  # no more threads: all others have to wait with this one
-                if not self.followers:
-                    threading.Thread(target=self.serve_forever, daemon=True).start()
-                self.leader = 0
-                self.lead.release()
-
-    def shutdown(self) -> None:
-        """Accept no more connections but those that wait already: they have been told that they are connected."""
-        self.stopping = True
-        self.stop_accepting()
-        for _ in range(LISTEN_QUEUE):
+        """Serve until `shutdown` is called, and then until what is in flight has been answered."""
+        while not self.stopping:
+            self.serve_ready(poll_interval)
+        self.watch_listener(False)
+        for _ in range(LISTEN_QUEUE):  # they have been told that they are connected
             if not self.accept_connection():
                 break
         self.server_close()
+        quiet = time.monotonic()  # a proxy may be sending a request on a connection kept alive at this moment
+        while (self.connections or self.lingering) and time.monotonic() - quiet < DRAIN_QUIET_SECONDS:
+            self.serve_ready(0.02)
+            if self.in_flight():
+                quiet = time.monotonic()
 
-    def start_accepting(self) -> None:
-        """Watch the listening socket."""
-        self.accepting = True
-        self.selector.register(self.socket, selectors.EVENT_READ)
+    def shutdown(self) -> None:
+        """End `serve_forever`, which finishes what is in flight; callable from any thread."""
+        self.stopping = True
+        self.call(lambda: None)
 
-    def stop_accepting(self) -> None:
-        """Do not watch the listening socket."""
-        self.accepting = False
-        with contextlib.suppress(KeyError):  # two threads had the same idea
+    def serve_ready(self, poll_interval: float) -> None:
+        """Wait until connections are ready, serve what has arrived on them, and write what was accepted."""
+        try:
+            for key, _ in self.selector.select(poll_interval):
+                key.data()
+            self.write_waiting()
+            now = time.monotonic()
+            if now >= self.next_look:
+                self.next_look = now + poll_interval
+                self.look_after(now)
+        except Exception:
+            self.handle_error(None, None)
+
+    def look_after(self, now: float) -> None:
+        """Do what is due several times a second."""
+        if not self.is_accepting and not self.stopping:
+            self.watch_listener(True)
+        self.rejections.sum_up()
+        late = [one for one in self.waiting if one[1].deadline <= now]
+        if late:
+            self.waiting = [one for one in self.waiting if one[1].deadline > now]
+            self.settle(late, f"stuck for {self.outputs.patience_seconds:g} s")
+        for handler in [*self.connections, *self.lingering]:
+            if handler.deadline <= now and handler.wanted is None:
+                self.go_on(handler, error=Refusal("timeout", "the request was not complete in time"))
+
+    def go_on(self, handler: Handler, value: Any = None, error: Optional[BaseException] = None) -> None:
+        """Bring a connection what it waited for, and let it go on until it has to wait again, or ends."""
+        try:
+            wanted = handler.wanted = handler.steps.throw(error) if error else handler.steps.send(value)
+        except (StopIteration, OSError):  # OSError: the sender is gone, nobody to tell
+            self.close_connection(handler)
+        except Exception:
+            self.handle_error(handler.request, handler.client_address)
+            self.close_connection(handler)
+        else:
+            if type(wanted) is Entry:
+                self.waiting.append((handler, wanted))
+            elif wanted:
+                self.run_aside(wanted, functools.partial(self.bring_outcome, handler))
+            elif not (handler.is_watched or handler.is_new):
+                self.watch(handler, True)
+
+    def bring_outcome(self, handler: Handler, outcome: Any) -> None:
+        """Let a connection go on with what a job has returned or raised."""
+        if isinstance(outcome, BaseException):
+            self.go_on(handler, error=outcome)
+        else:
+            self.go_on(handler, outcome)
+
+    def write_waiting(self) -> None:
+        """Have written what was accepted, and answered. Deliveries that are ready together share one write and one sync
+        (group commit): while one batch goes to the disk, the next one gathers."""
+        while self.waiting and not self.is_writing:
+            batch, self.waiting, self.is_writing = self.waiting, [], True
+            entries = [entry for _, entry in batch]
+            failure = self.outputs.write(entries, may_wait=False)
+            if failure is None:
+                job = functools.partial(self.outputs.write, entries, may_wait=True)
+                self.run_aside(job, functools.partial(self.end_writing, batch))
+            else:
+                self.end_writing(batch, failure)
+
+    def end_writing(self, batch: Sequence[tuple[Handler, Entry]], failure: str) -> None:
+        """Answer those that have been written, or have not."""
+        self.is_writing = False
+        self.settle(batch, failure)
+
+    def settle(self, batch: Sequence[tuple[Handler, Entry]], failure: str) -> None:
+        """Let those go on whose deliveries have been kept (`failure` is ""), or have not."""
+        for handler, _ in batch:
+            self.go_on(handler, failure)
+
+    # What other threads do.
+
+    def run_aside(self, job: Job, then: Callable[[Any], None]) -> None:
+        """Have another thread do a job; `then` gets what it returns or raises, back in this thread."""
+        self.running += 1
+        if self.running > self.threads:
+            with contextlib.suppress(RuntimeError):  # no more threads: it waits until one has time
+                threading.Thread(target=self.do_jobs, daemon=True).start()
+                self.threads += 1
+        self.jobs.put((job, then))
+
+    def do_jobs(self) -> None:
+        """Do jobs, in a thread of its own."""
+        while task := self.jobs.get():
+            job, then = task
+            try:
+                outcome = job()
+            except BaseException as error:
+                outcome = error
+            self.call(functools.partial(self.end_job, then, outcome))
+
+    def end_job(self, then: Callable[[Any], None], outcome: Any) -> None:
+        """Take the outcome of a job, and let a thread end where too many are idle."""
+        self.running -= 1
+        if self.threads > self.running + IDLE_THREADS:
+            self.threads -= 1
+            self.jobs.put(None)
+        then(outcome)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have a function called by the thread of `serve_forever`; callable from any thread."""
+        self.calls.append(function)
+        with contextlib.suppress(BlockingIOError):  # then it has been woken already
+            self.waker.send(b"\0")
+
+    def take_calls(self, woken: socket.socket) -> None:
+        """Call what other threads have left."""
+        woken.recv(RECEIVE_BYTES)
+        while self.calls:
+            self.calls.popleft()()
+
+    # Connections.
+
+    def watch_listener(self, wanted: bool) -> None:
+        """Watch the listening socket for new connections, or not."""
+        if wanted and not self.is_accepting:
+            self.selector.register(self.socket, selectors.EVENT_READ, self.accept_connections)
+        elif self.is_accepting and not wanted:
             self.selector.unregister(self.socket)
+        self.is_accepting = wanted
+
+    def accept_connections(self) -> None:
+        """Accept connections, a few at once: those that are open have their turn in between."""
+        for _ in range(ACCEPTED_AT_ONCE):
+            if not self.accept_connection():
+                break
 
     def accept_connection(self) -> bool:
         """Accept a connection if there is one, and serve it at once: its request has often come with it."""
@@ -2189,28 +2198,29 @@ class Receiver(ThreadingHTTPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 if self.rejections.admit():
                     LOG.error("cannot accept a connection: %s", error.strerror)
-                self.stop_accepting()  # for a moment, or the loop would spin
+                self.watch_listener(False)  # for a moment, or the loop would spin
             return False
         self.finish_request(request, client_address)
         return True
 
-    def wait_or_close(self, handler: Handler, goes_on: bool) -> None:
-        """Watch a connection for what comes next, or close it."""
-        with self.watch_lock:
-            self.watch(handler, goes_on)
-            handler.is_away = not goes_on
-            if not goes_on:
-                self.connections.discard(handler)
-                handler.request.close()
-
     def watch(self, handler: Handler, wanted: bool) -> None:
-        """Have the selector watch a connection, or not. Needs `watch_lock`."""
-        if wanted and handler not in self.watched:
-            self.watched.add(handler)
-            self.selector.register(handler.request, selectors.EVENT_READ, handler)
-        elif not wanted and handler in self.watched:
-            self.watched.discard(handler)
+        """Watch a connection for what arrives, or not."""
+        if wanted and not handler.is_watched:
+            self.selector.register(handler.request, selectors.EVENT_READ, handler.receive)
+        elif handler.is_watched and not wanted:
             self.selector.unregister(handler.request)
+        handler.is_watched = wanted
+
+    def close_connection(self, handler: Handler) -> None:
+        """Close a connection."""
+        self.watch(handler, False)
+        self.connections.discard(handler)
+        self.lingering.discard(handler)
+        handler.request.close()
+
+    def in_flight(self) -> int:
+        """Return how many requests are in hand."""
+        return sum(handler.is_busy for handler in self.connections)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report a bug of ours in one line, with its place; --verbose adds the traceback."""
@@ -2241,46 +2251,49 @@ class Receiver(ThreadingHTTPServer):
     def own_answer(self, path: str) -> tuple[int, bytes, str]:
         """Answer /health or /metrics: status, body, media type."""
         if path == "/metrics":
-            return 200, self.metrics.render(len(self.busy)), "text/plain; version=0.0.4; charset=utf-8"
+            return 200, self.metrics.render(self.in_flight()), "text/plain; version=0.0.4; charset=utf-8"
         if self.outputs.has_failed() or self.stopping:
             return 503, b'{"error": "unavailable"}', JSON
         return 200, b'{"status": "ok"}', JSON
 
-    def accept(self, request: Request, webhooks: Sequence[Webhook], now: float) -> Optional[Entry]:
-        """Take a POST along the way of a delivery, up to what has to be written: None if it has been kept already.
+    def keep(self, request: Request, webhooks: Sequence[Webhook]) -> Steps[bool]:
+        """Take a POST along the way of a delivery, to its end; return whether it was new. It is authentic and kept.
 
         Raises:
             Refusal: it is not accepted, and nothing is lost: whoever gets no 200 may send again.
         """
-        if self.may_wait:
-            self.step_down()
-        webhook, proof = check_webhooks(webhooks, request, now)  # authentic
+        now = time.time()
+        check = functools.partial(check_webhooks, webhooks, request, now)
+        webhook, proof = (yield check) if any([one.provider for one in webhooks]) else check()  # authentic
         try:
             check_age(proof.sent, webhook.replay_window_seconds, now)  # recent
-            if not webhook.memory.claim(proof.keys):  # new
-                self.metrics.count(webhook.name, "duplicate", len(request.body))
-                return None
+            is_new = webhook.memory.claim(proof.keys)  # new
         except Refusal as refusal:
             refusal.webhook = webhook.name
             raise
         if proof.token:
             self.name_old_token(webhook, proof.token)
+        if not is_new:
+            self.metrics.count(webhook.name, "duplicate", len(request.body))
+            return False
+        failure = "not written"
         try:
-            text = json_text(request.body)
-            if text is not None and webhook.api_key and webhook.api_key.place == "field":
-                (start, end), *_ = find_top_level_field(text, webhook.api_key.name)
-                text = f'{text[:start]}"***"{text[end:]}'
-            key = ".".join([part.hex() for part in proof.keys]) or None
-            sent = proof.delivery_id, proof.sent_at
-            delivery = Delivery(now, webhook.name, webhook.type, *sent, request.body, text, key)
-            handle_alert(delivery)
-            entry = Entry(delivery, webhook, proof.keys, request)
-            entry.shown = (self.render(delivery) if self.render else entry.line + "}\n").encode()
-            return entry  # which `commit` keeps, and `answer` answers
-        except (Exception, SystemExit) as error:
-            webhook.memory.settle(proof.keys, kept=False)
+            delivery = make_delivery(webhook, request, proof, now)
+            if self.has_own_code:
+                yield functools.partial(handle_alert, delivery)
+            line = render_json(delivery)
+            shown = (self.render(delivery) if self.render else line + "}\n").encode()
+            failure = yield Entry(line, delivery.key, shown, time.monotonic() + self.outputs.patience_seconds)  # kept
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
             LOG.debug("not kept", exc_info=True)
             raise Refusal("handler", f"{type(error).__name__}: {error}", webhook.name) from None
+        finally:
+            webhook.memory.settle(proof.keys, kept=not failure)
+        if failure:
+            raise Refusal("output", failure, webhook.name)
+        self.metrics.count(webhook.name, "accepted", len(request.body))
+        self.metrics.last_accepted[webhook.name] = time.time()
+        return True
 
     def name_old_token(self, webhook: Webhook, position: int) -> None:
         """Log that a token other than the first is still in use, at most once a minute each."""
@@ -2290,7 +2303,7 @@ class Receiver(ThreadingHTTPServer):
             LOG.info("webhook %r: token %d of %d still matches", webhook.name, position + 1, len(webhook.tokens))
 
     def reload(self, config: Config) -> None:
-        """Swap in a new configuration in the middle of traffic: memories and counters stay.
+        """Swap in a new configuration in the middle of traffic: memories and counters stay. Callable from any thread.
 
         Raises:
             OutputError: its log file cannot be opened; the old configuration stays whole.
@@ -2307,18 +2320,23 @@ class Receiver(ThreadingHTTPServer):
         self.outputs.reopen(config.log_file, config.request_timeout_seconds)
         same_log = config.log_file == self.config.log_file
         fresh = [webhook for webhook in webhooks if not same_log or (webhook.name, webhook.type) not in before]
-        if config.log_file and fresh:
-            load_memories(config.log_file, fresh, time.time())
-        self.metrics.add_webhooks([webhook.name for webhook in webhooks])
-        self.may_wait = may_wait(config)
-        self.config = config._replace(host=self.config.host, port=self.config.port, webhooks=tuple(webhooks))
+        found = read_log(config.log_file, fresh, time.time()) if config.log_file else []
+        host, port = self.config.host, self.config.port
+        self.call(functools.partial(self.swap, config._replace(host=host, port=port, webhooks=tuple(webhooks)), found))
+
+    def swap(self, config: Config, found: Sequence[tuple[Webhook, Keys]]) -> None:
+        """Use another configuration from now on, and remember what its log holds."""
+        for webhook, keys in found:
+            webhook.memory.settle(keys, kept=True)
+        self.metrics.add_webhooks([webhook.name for webhook in config.webhooks])
+        self.config = config
+        LOG.info("configuration reloaded: %s", ", ".join(webhook.name for webhook in config.webhooks))
 
 
-def may_wait(config: Config) -> bool:
-    """Tell whether to check or handle a delivery can take long: with access tokens, or code of your own."""
-    own_code = getattr(handle_alert, "__code__", None)
-    is_edited = not own_code or own_code.co_code != _handle_nothing.__code__.co_code
-    return is_edited or any(webhook.provider for webhook in config.webhooks)
+def has_own_code() -> bool:
+    """Tell whether `handle_alert` is no longer as it was: then it may take long."""
+    code = getattr(handle_alert, "__code__", None)
+    return not code or code.co_code != _handle_nothing.__code__.co_code
 
 
 def _handle_nothing(delivery: Delivery) -> None:
@@ -2338,7 +2356,6 @@ class Provider:
         self.oidc, self.lock, self.failure, self.issuer = oidc, threading.Lock(), "no answer yet", ""
         self.keys: Optional[list[RsaKey]] = None
         self.asked = self.answered = -1e9
-        self.question = threading.Thread()
 
     def keys_for(self, kid: Optional[str], algorithm: str) -> tuple[str, list[RsaKey]]:
         """Return the issuer, and the keys that a token with this key ID and algorithm may be signed with.
@@ -2346,19 +2363,18 @@ class Provider:
         Raises:
             Refusal: the provider has never given its keys.
         """
-        fitting = self.fitting(kid, algorithm)
-        now = time.monotonic()
-        with self.lock:
-            wanted = not fitting or now - self.answered > PROVIDER_KEYS_SECONDS
-            if wanted and now - self.asked >= 2 * PROVIDER_SECONDS:
-                self.asked, self.question = now, threading.Thread(target=self.ask, daemon=True)
-                self.question.start()
-        if not fitting and self.question.is_alive():
-            self.question.join(PROVIDER_SECONDS)
-        fitting = fitting or self.fitting(kid, algorithm)
+        if self.lock.acquire(blocking=not self.fitting(kid, algorithm)):  # others wait for who asks, if they must
+            try:
+                now = time.monotonic()
+                wanted = not self.fitting(kid, algorithm) or now - self.answered > PROVIDER_KEYS_SECONDS
+                if wanted and now - self.asked >= 2 * PROVIDER_SECONDS:
+                    self.asked = now
+                    self.ask()
+            finally:
+                self.lock.release()
         if self.keys is None:
             raise Refusal("provider", f"no keys of the OIDC provider: {self.failure}")
-        return self.issuer, fitting
+        return self.issuer, self.fitting(kid, algorithm)
 
     def fitting(self, kid: Optional[str], algorithm: str) -> list[RsaKey]:
         """Return the known keys that fit."""
@@ -2450,7 +2466,6 @@ def reload_config(receiver: Receiver, path: str) -> None:
         receiver.reload(config)
         for text in config.warnings:
             LOG.warning("%s", text)
-        LOG.info("configuration reloaded: %s", ", ".join(webhook.name for webhook in config.webhooks))
     except (ConfigError, OutputError) as error:
         for mistake in error.args:
             LOG.error("configuration not reloaded, the old one stays: %s: %s", path, mistake)
@@ -2461,31 +2476,24 @@ def reload_config(receiver: Receiver, path: str) -> None:
 
 def serve(receiver: Receiver, path: str, events: queue.SimpleQueue[int]) -> int:
     """Serve until a signal says stop, or nobody reads stdout; finish what is in flight; return the exit code."""
-    threading.Thread(target=receiver.serve_forever, daemon=True).start()
+    outputs, thread = receiver.outputs, threading.Thread(target=receiver.serve_forever, daemon=True)
+    thread.start()
     notify("READY=1")
-    while not receiver.outputs.gone.is_set():
+    while not outputs.gone.is_set():
         with contextlib.suppress(queue.Empty):
             if events.get(timeout=0.25) != getattr(signal, "SIGHUP", None):
                 break
             reload_config(receiver, path)
     notify("STOPPING=1")
-    now = quiet = time.monotonic()
     receiver.shutdown()
-    deadline = now + DRAIN_SECONDS
-    # A proxy may be sending a request on a connection kept alive at this moment, so those get a short while more.
-    while (receiver.connections or receiver.watched) and now < deadline:
-        if not receiver.busy and now - quiet >= DRAIN_QUIET_SECONDS:
-            break
-        time.sleep(0.02)
-        now = time.monotonic()
-        quiet = now if receiver.busy else quiet
-    if receiver.outputs.torn and receiver.outputs.turn.acquire(timeout=1):
-        with contextlib.suppress(OutputError):
-            receiver.outputs.write_stdout(b"", time.monotonic() + 1)
-    if receiver.outputs.gone.is_set():
+    thread.join(DRAIN_SECONDS)
+    if outputs.gone.is_set():
         LOG.error("stopped: nobody reads stdout any more")
         return EX_CANNOT_SERVE
-    LOG.info("stopped, %d requests unanswered", len(receiver.busy))
+    if not receiver.is_writing:
+        with contextlib.suppress(OutputError):
+            outputs.write_stdout(time.monotonic() + 1)  # what completes a line
+    LOG.info("stopped, %d requests unanswered", receiver.in_flight())
     return 0
 
 
@@ -2693,8 +2701,10 @@ def start(config: Config, path: str, render: Render) -> int:
     try:
         outputs = Outputs(config.log_file, config.request_timeout_seconds)
         if config.log_file:
-            count = load_memories(config.log_file, config.webhooks, time.time())
-            LOG.info("%d deliveries remembered from %s", count, config.log_file)
+            found = read_log(config.log_file, config.webhooks, time.time())
+            for webhook, keys in found:
+                webhook.memory.settle(keys, kept=True)
+            LOG.info("%d deliveries remembered from %s", len(found), config.log_file)
         receiver = Receiver(config, outputs, render, inherited_descriptor())
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
