@@ -2024,7 +2024,8 @@ class Receiver(ThreadingHTTPServer):
         host = "127.0.0.1" if config.host == "localhost" else config.host
         address: Any = (host, config.port)
         if inherited is None:
-            self.address_family, _, _, _, address = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0]
+            found = socket.getaddrinfo(host.encode(), config.port, type=socket.SOCK_STREAM)
+            self.address_family, _, _, _, address = found[0]
         super().__init__(address, Handler, bind_and_activate=inherited is None)
         if inherited is not None:
             self.socket.close()
@@ -2044,19 +2045,20 @@ class Receiver(ThreadingHTTPServer):
         """Serve until `shutdown` is called, and then until what is in flight has been answered."""
         while not self.stopping:
             self.serve_ready(poll_interval)
+        deadline = time.monotonic() + DRAIN_SECONDS
         self.watch_listener(False)
         for _ in range(LISTEN_QUEUE):  # they have been told that they are connected
             if not self.accept_connection():
                 break
         self.server_close()
-        quiet = time.monotonic()  # a proxy may be sending a request on a connection kept alive at this moment
-        while (self.connections or self.lingering) and time.monotonic() - quiet < DRAIN_QUIET_SECONDS:
+        now = quiet = time.monotonic()  # a proxy may be sending on a connection kept alive at this moment
+        while (self.connections or self.lingering) and now < min(deadline, quiet + DRAIN_QUIET_SECONDS):
             self.serve_ready(0.02)
-            if self.in_flight():
-                quiet = time.monotonic()
+            now = time.monotonic()
+            quiet = now if self.in_flight() else quiet
 
     def shutdown(self) -> None:
-        """End `serve_forever`, which finishes what is in flight; callable from any thread."""
+        """End `serve_forever`, which finishes what is in flight. Callable from any thread, and by a signal."""
         self.stopping = True
         self.call(lambda: None)
 
@@ -2075,8 +2077,8 @@ class Receiver(ThreadingHTTPServer):
 
     def look_after(self, now: float) -> None:
         """Do what is due several times a second."""
-        if not self.is_accepting and not self.stopping:
-            self.watch_listener(True)
+        self.stopping = self.stopping or self.outputs.gone.is_set()
+        self.watch_listener(not self.stopping)
         self.rejections.sum_up()
         late = [one for one in self.waiting if one[1].deadline <= now]
         if late:
@@ -2163,7 +2165,7 @@ class Receiver(ThreadingHTTPServer):
         then(outcome)
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have a function called by the thread of `serve_forever`; callable from any thread."""
+        """Have a function called by the thread of `serve_forever`. Callable from any thread, and by a signal."""
         self.calls.append(function)
         with contextlib.suppress(BlockingIOError):  # then it has been woken already
             self.waker.send(b"\0")
@@ -2458,6 +2460,9 @@ def inherited_descriptor() -> Optional[int]:
     return 3
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 def reload_config(receiver: Receiver, path: str) -> None:
     """Do what SIGHUP asks for: the new configuration as a whole, or the old one and an error in the log."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -2474,19 +2479,24 @@ def reload_config(receiver: Receiver, path: str) -> None:
     notify("READY=1")
 
 
-def serve(receiver: Receiver, path: str, events: queue.SimpleQueue[int]) -> int:
+def serve(receiver: Receiver, path: str) -> int:
     """Serve until a signal says stop, or nobody reads stdout; finish what is in flight; return the exit code."""
-    outputs, thread = receiver.outputs, threading.Thread(target=receiver.serve_forever, daemon=True)
-    thread.start()
+    reload = functools.partial(reload_config, receiver, path)
+    outputs = receiver.outputs
+
+    def on_signal(number: int, frame: Any) -> None:
+        if number not in STOP_SIGNALS:
+            receiver.call(functools.partial(receiver.run_aside, reload, lambda outcome: None))
+        elif receiver.stopping:
+            os._exit(0)
+        else:
+            notify("STOPPING=1")
+            receiver.shutdown()
+
+    for name in {*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        signal.signal(name, on_signal)
     notify("READY=1")
-    while not outputs.gone.is_set():
-        with contextlib.suppress(queue.Empty):
-            if events.get(timeout=0.25) != getattr(signal, "SIGHUP", None):
-                break
-            reload_config(receiver, path)
-    notify("STOPPING=1")
-    receiver.shutdown()
-    thread.join(DRAIN_SECONDS)
+    receiver.serve_forever()
     if outputs.gone.is_set():
         LOG.error("stopped: nobody reads stdout any more")
         return EX_CANNOT_SERVE
@@ -2675,19 +2685,8 @@ def choose_render(form: str, names: Sequence[str]) -> Render:
 
 def start(config: Config, path: str, render: Render) -> int:
     """Open the outputs, rebuild the memories, bind, and serve until told to stop."""
-    events: queue.SimpleQueue[int] = queue.SimpleQueue()
-    stops: list[int] = []
-
-    def on_signal(number: int, frame: Any) -> None:
-        if number != getattr(signal, "SIGHUP", None):
-            stops.append(number)
-        if len(stops) > 1:
-            os._exit(0)
-        events.put(number)
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), on_signal)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)  # until it serves
     if sys.platform != "win32":
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # connections above max_connections need descriptors too
         with contextlib.suppress(OSError, ValueError):
@@ -2716,7 +2715,7 @@ def start(config: Config, path: str, render: Render) -> int:
     webhooks = ", ".join(f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks)
     log_file = f", {config.log_file}" if config.log_file else ""
     LOG.info("%s %s listens on %s; webhooks: %s; output: stdout%s", PROGRAM, VERSION, shown, webhooks, log_file)
-    return serve(receiver, path, events)
+    return serve(receiver, path)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
