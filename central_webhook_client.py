@@ -5,8 +5,8 @@
 
 One file, Python 3.9 or newer, standard library only. It runs behind an HTTPS reverse proxy (nginx/centralwebhook.conf).
 A delivery is one POST. It is checked in this order: well-formed HTTP, path, signature over the raw body, age, not seen
-before: `Receiver.keep`. Then it is written (stdout, and log_file to the disk): `Outputs.write`. Only then it is
-answered with 200: `Handler.serve_request`.
+before: `Handler.serve_request`, `Receiver.keep`. Then it is written (stdout, log_file to the disk): `Outputs.write`.
+Only then it is answered with 200. Your own code goes into `handle_alert`.
 
 The sections, pure functions first, sockets late (grep '^# ----' prints this map):
 
@@ -37,7 +37,6 @@ import binascii
 import collections
 import contextlib
 import copy
-import difflib
 import email.utils
 import errno
 import functools
@@ -47,10 +46,7 @@ import http.client
 import ipaddress
 import itertools
 import json
-import logging
-import math
 import os
-import queue
 import re
 import select
 import selectors
@@ -75,6 +71,11 @@ if sys.platform != "win32":
 
 VERSION = "1.0.0"
 PROGRAM = "central_webhook_client.py"
+EX_CANNOT_SERVE, EX_USAGE, EX_CONFIG = 1, 2, 78  # exit codes; 78 is that of sysexits.h
+STDOUT = 1
+JSON = "application/json"
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # of RFC 9110 section 5.6.2: methods, names of header fields
+_HEADER_NAME = re.compile(_TOKEN)
 
 MAX_REQUEST_LINE_BYTES = 8 * 1024  # nginx's own limit
 MAX_HEADER_BYTES = 64 * 1024  # all header fields of a request
@@ -102,15 +103,7 @@ MAX_KEYS_TRIED = 16
 MIN_RSA_BITS, MAX_RSA_BITS = 2048, 16384
 TOKEN_LEEWAY_SECONDS = 60
 
-_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # of RFC 9110 section 5.6.2: methods, names of header fields
-_HEADER_NAME = re.compile(_TOKEN)
-
-JSON = "application/json"
-
 # ---- Errors -----------------------------------------------------------------
-
-EX_CANNOT_SERVE, EX_USAGE, EX_CONFIG = 1, 2, 78  # exit codes; 78 is that of sysexits.h
-STDOUT = 1
 
 _REASONS = {  # status: (error in the answer, reasons in the log and the metrics)
     400: ("bad request", "malformed"),
@@ -139,6 +132,10 @@ class Refusal(Exception):
 
 class OutputError(Exception):
     """Something accepted could not be written; the message says where and why."""
+
+
+class WouldWait(Exception):
+    """stdout takes no more at this moment."""
 
 
 class ConfigError(Exception):
@@ -223,18 +220,10 @@ class Request:
     ISO-8859-1, so that it encodes back.
     """
 
-    __slots__ = ("body", "headers", "method", "path", "query", "repeated", "version")
-
     def __init__(
-        self,
-        method: str,
-        path: str,
-        query: Optional[str],
-        version: str,
-        headers: dict[str, str],
-        repeated: frozenset[str],
-        body: bytes = b"",
-    ) -> None:
+        self, method: str, path: str, query: Optional[str], version: str, headers: dict[str, str],
+        repeated: frozenset[str], body: bytes = b"",
+    ) -> None:  # fmt: skip
         self.method, self.path, self.query, self.version = method, path, query, version
         self.headers, self.repeated, self.body = headers, repeated, body
 
@@ -270,23 +259,12 @@ def check_api_key(request: Request, api_key: ApiKey) -> None:
 
 # ---- JSON, kept as it was written -------------------------------------------
 
-
-def parse_integer(text: str) -> Any:
-    """Return the int, or the float of numbers so long that Python refuses to make an int of them."""
-    return int(text) if len(text) < 4000 else float(text)
+quote = json.encoder.encode_basestring_ascii  # a str as a JSON string in ASCII; json.dumps takes ten times as long
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
-
-def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
-
-
-quote = json.encoder.encode_basestring_ascii  # a str as a JSON string in ASCII; json.dumps takes ten times as long
 
 # Numbers stay text: the decoder only has to tell whether it is JSON, and int() refuses numbers of 4300 digits.
 _VALIDATOR = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)
@@ -303,21 +281,37 @@ def json_text(body: bytes) -> Optional[str]:
     try:
         text = body.decode()
         json_only = text.strip(" \t\r\n")
-        if _VALIDATOR.raw_decode(json_only)[1] < len(json_only):
-            return None
+        return text if _VALIDATOR.raw_decode(json_only)[1] == len(json_only) else None
     except (ValueError, RecursionError):
         return None
-    return text
+
+
+def load_json(text: str) -> tuple[Any, list[str]]:
+    """Return the value of a JSON text, and the keys that an object in it has twice. Raises ValueError if it is none."""
+    twice: list[str] = []
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice.extend(name for name in value if names.count(name) > 1)
+        return value
+
+    def to_integer(digits: str) -> Any:  # of numbers so long that Python refuses to make an int of them, a float
+        return int(digits) if len(digits) < 4000 else float(digits)
+
+    try:
+        hooks: Any = {"object_pairs_hook": to_object, "parse_int": to_integer, "parse_constant": _refuse_constant}
+        return json.loads(text, **hooks), twice
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
     """Parse a JSON object strictly. Raises ValueError for everything else, a key given twice included."""
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique_object, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("expected a JSON object")
+    value, twice = load_json(data.decode())
+    if twice or not isinstance(value, dict):
+        raise ValueError("expected a JSON object, each key once")
     return value
 
 
@@ -782,6 +776,7 @@ class Memory:
         self.seen: set[bytes] = set()
         self.order: collections.deque[Keys] = collections.deque()
         self.pending: set[bytes] = set()
+        self.last_token = 0  # position of the token of the last delivery: tried first, so that many cost no more
 
     def claim(self, keys: Keys) -> bool:
         """Begin to keep a delivery: True if it is new, False if it has been kept already.
@@ -825,8 +820,8 @@ class Delivery(NamedTuple):
     def payload(self) -> Any:
         """The alert as Python objects; None where the body is not JSON, or nested too deeply."""
         try:
-            return None if self.text is None else json.loads(self.text, parse_int=parse_integer)
-        except RecursionError:
+            return None if self.text is None else load_json(self.text)[0]
+        except ValueError:
             return None
 
 
@@ -841,7 +836,52 @@ def handle_alert(delivery: Delivery) -> None:
 
 # ---- Output -----------------------------------------------------------------
 
-LOG = logging.getLogger(PROGRAM)
+
+class Log:
+    """stderr: time, level, message; one line each, whatever a sender has written into it.
+
+    A class because a thread of its own writes: a reader of stderr that stalls must hold up nobody. Beyond 1000, lines
+    are lost.
+    """
+
+    def __init__(self) -> None:
+        self.is_verbose = False
+        self.lines: collections.deque[str] = collections.deque()  # the first is being written
+        self.added = threading.Semaphore(0)
+
+    def start(self, is_verbose: bool) -> None:
+        """Begin to write what is and will be logged."""
+        self.is_verbose = is_verbose
+        threading.Thread(target=self.write_lines, name="log", daemon=True).start()
+
+    def add(self, level: str, text: str, error: Optional[BaseException] = None) -> None:
+        """Log a message, one of level DEBUG with --verbose only, which adds the traceback of `error` as well."""
+        if level == "DEBUG" and not self.is_verbose:
+            return
+        text = f"{format_utc(time.time())} {level} {escape_text(text)}"
+        if error and self.is_verbose:
+            import traceback  # costs memory, and only a bug needs it
+
+            text += "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+        if len(self.lines) < 1000:
+            self.lines.append(text)
+            self.added.release()
+
+    def write_lines(self) -> None:
+        """Write what was logged."""
+        while self.added.acquire():
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads stderr: no reason to stop
+                print(self.lines[0], file=sys.stderr, flush=True)
+            self.lines.popleft()
+
+    def flush(self) -> None:
+        """Wait until all is written, for a second at most."""
+        deadline = time.monotonic() + 1
+        while self.lines and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
+LOG = Log()
 
 
 @functools.lru_cache(maxsize=4)
@@ -872,8 +912,8 @@ def render_json(delivery: Delivery) -> str:
     )
 
 
-_COLOURS = {"critical": "1;31", "major": "31", "minor": "33", "warning": "33", "info": "36", "close": "32"}
-_COLOURS["cleared"] = _COLOURS["close"]
+_COLOURS = {"critical": "1;31", "major": "31", "minor": "33", "warning": "33", "info": "36"}
+_COLOURS.update({"close": "32", "cleared": "32"})
 
 
 def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: int) -> str:
@@ -903,10 +943,8 @@ def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: in
         if left > 0 and text:
             header.append(f"\x1b[{code}m{text}\x1b[0m" if colour and code else text)
             left -= len(text) + 2
-    if delivery.text is None:
-        shown = escape_text(delivery.body.decode(errors="backslashreplace"))
-    else:
-        shown = indent_json(delivery.text)
+    body = escape_text(delivery.body.decode(errors="backslashreplace"))
+    shown = body if delivery.text is None else indent_json(delivery.text)
     return "  ".join(header).rstrip() + "\n  " + shown.replace("\n", "\n  ") + "\n"
 
 
@@ -922,10 +960,6 @@ class Entry(NamedTuple):
     deadline: float  # monotonic seconds: as long may stdout take
 
 
-class WouldWait(Exception):
-    """stdout takes no more at this moment."""
-
-
 class Outputs:
     """stdout and the log file. A class because a write can end in the middle of a line.
 
@@ -934,12 +968,12 @@ class Outputs:
     """
 
     def __init__(self, log_file: Optional[str], patience_seconds: float) -> None:
+        """Open the log. Raises OutputError."""
         self.patience_seconds, self.log_path = patience_seconds, log_file
-        self.log_lock = threading.Lock()
         self.unwritten, self.is_torn = b"", False
         self.failing = ""  # why, while the last attempt has failed
-        self.started = math.inf  # monotonic seconds, while one is under way
-        self.gone = threading.Event()  # nobody reads stdout any more
+        self.started: Optional[float] = None  # monotonic seconds, while one is under way
+        self.is_gone = False  # nobody reads stdout any more
         try:
             can_block = not stat.S_ISREG(os.fstat(STDOUT).st_mode)
         except OSError as error:
@@ -952,12 +986,13 @@ class Outputs:
         self.poll = select.poll() if can_block and hasattr(select, "poll") else None
         if self.poll:
             self.poll.register(self.stdout, select.POLLOUT)
+        self.log_lock = threading.Lock()
         self.cut_to: Optional[int] = None
         self.log = open_log(log_file) if log_file else None
 
     def has_failed(self) -> bool:
         """Tell whether the last attempt has failed, or the present one takes too long."""
-        return bool(self.failing) or time.monotonic() - self.started > self.patience_seconds
+        return bool(self.failing or self.started and time.monotonic() - self.started > self.patience_seconds)
 
     def write(self, entries: Sequence[Entry], *, may_wait: bool) -> Optional[str]:
         """Write a batch to stdout, and then to the log, there on disk; return "", or why the log does not have it.
@@ -965,7 +1000,7 @@ class Outputs:
         It succeeds or fails as a whole; stdout may have it all the same. None: it would have to wait, and must be
         called once more, with `may_wait`, before anything else.
         """
-        if math.isinf(self.started):
+        if self.started is None:
             self.started = time.monotonic()
             self.unwritten += b"".join([entry.shown for entry in entries])
         failure = ""
@@ -984,8 +1019,8 @@ class Outputs:
             # Keep only what completes a line that is half out: what has not begun is answered 503 and comes again.
             self.unwritten = self.unwritten[: self.unwritten.find(b"\n") + 1] if self.is_torn else b""
         if failure != self.failing:
-            LOG.log(logging.ERROR if failure else logging.INFO, "output: %s", failure or "works again")
-        self.failing, self.started = failure, math.inf
+            LOG.add("ERROR" if failure else "INFO", f"output: {failure or 'works again'}")
+        self.failing, self.started = failure, None
         return failure
 
     def write_stdout(self, deadline: float) -> None:
@@ -1010,8 +1045,8 @@ class Outputs:
                         raise slow if deadline else WouldWait from None
                     time.sleep(0.01)
         except OSError as error:
-            if error.errno == errno.EPIPE or self.poll and error.errno in (errno.EIO, errno.ECONNRESET):
-                self.gone.set()
+            gone = (errno.EPIPE, errno.EIO, errno.ECONNRESET) if self.poll else (errno.EPIPE,)
+            self.is_gone = self.is_gone or error.errno in gone
             raise OutputError(f"stdout: {error.strerror}") from None
         finally:
             self.unwritten = data[start:]
@@ -1020,18 +1055,17 @@ class Outputs:
     def append_log(self, data: bytes) -> None:
         """Append to the log, synced; on failure cut it back to its last whole line and raise OutputError."""
         with self.log_lock:
-            log = self.log
-            assert log is not None
+            assert self.log is not None
             try:
-                self.cut_log(log)
-                self.cut_to = os.fstat(log).st_size
+                self.cut_log(self.log)
+                self.cut_to = os.fstat(self.log).st_size
                 while data:
-                    data = data[os.write(log, data) :]
-                getattr(os, "fdatasync", os.fsync)(log)  # macOS and Windows have no fdatasync
+                    data = data[os.write(self.log, data) :]
+                getattr(os, "fdatasync", os.fsync)(self.log)  # macOS and Windows have no fdatasync
                 self.cut_to = None
             except OSError as error:
                 with contextlib.suppress(OSError):  # cut_to stays, so the next append tries again before it writes
-                    self.cut_log(log)
+                    self.cut_log(self.log)
                 raise OutputError(f"{self.log_path}: {error.strerror}") from None
 
     def cut_log(self, log: int) -> None:
@@ -1045,11 +1079,11 @@ class Outputs:
         if not self.log_lock.acquire(timeout=self.patience_seconds):
             raise OutputError(f"the output is stuck for {self.patience_seconds:g} s")
         try:
-            same = False
+            is_same = False
             with contextlib.suppress(OSError):
                 if log_file and self.log is not None:
-                    same = os.path.samestat(os.stat(log_file), os.fstat(self.log))
-            if not same:
+                    is_same = os.path.samestat(os.stat(log_file), os.fstat(self.log))
+            if not is_same:
                 log = open_log(log_file) if log_file else None
                 if self.log is not None:
                     with contextlib.suppress(OSError):
@@ -1061,6 +1095,10 @@ class Outputs:
             self.log_lock.release()
 
 
+_LOG_START = b'{"received_at": "'
+_LOG_LINE = re.compile(rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}')
+
+
 def open_log(path: str) -> int:
     """Open a log file to append to, for this process alone, and return its descriptor.
 
@@ -1069,34 +1107,31 @@ def open_log(path: str) -> int:
     Raises:
         OutputError: it cannot be opened, is no regular file, or another receiver writes to it.
     """
+    log = -1
     try:
         log = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o640)
-        try:
-            if not stat.S_ISREG(os.fstat(log).st_mode):
-                raise OutputError(f"{path}: not a regular file")
-            if sys.platform != "win32":
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with contextlib.suppress(PermissionError):  # a new file's name has to survive a power loss too
-                    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-                    os.fsync(directory)
-                    os.close(directory)
-            half, *lines = itertools.islice(lines_from_end(path), 2)
-            if half and not lines and not half.startswith(_LOG_START[: len(half)]):
-                raise OutputError(f"{path}: holds something else than deliveries, so nothing is appended to it")
-            if half:
-                os.ftruncate(log, os.fstat(log).st_size - len(half))
-                LOG.warning("%s: cut off a half line of %d bytes at its end", path, len(half))
-            return log
-        except BaseException:
+        if not stat.S_ISREG(os.fstat(log).st_mode):
+            raise OutputError(f"{path}: not a regular file")
+        if sys.platform != "win32":
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(PermissionError):  # a new file's name has to survive a power loss too
+                directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+                os.fsync(directory)
+                os.close(directory)
+        half, *lines = itertools.islice(lines_from_end(path), 2)
+        if half and not lines and not half.startswith(_LOG_START[: len(half)]):
+            raise OutputError(f"{path}: holds something else than deliveries, so nothing is appended to it")
+        if half:
+            os.ftruncate(log, os.fstat(log).st_size - len(half))
+            LOG.add("WARNING", f"{path}: cut off a half line of {len(half)} bytes at its end")
+        return log
+    except (OSError, OutputError) as error:
+        if log >= 0:
             os.close(log)
+        if isinstance(error, OutputError):
             raise
-    except BlockingIOError:
-        raise OutputError(f"{path}: another receiver writes to it") from None
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}") from None
-
-
-_LOG_START = b'{"received_at": "'
+        reason = "another receiver writes to it" if isinstance(error, BlockingIOError) else error.strerror
+        raise OutputError(f"{path}: {reason}") from None
 
 
 def lines_from_end(path: str) -> Iterator[bytes]:
@@ -1115,9 +1150,6 @@ def lines_from_end(path: str) -> Iterator[bytes]:
                 parts = []
             parts.append(head)
         yield b"".join(reversed(parts))
-
-
-_LOG_LINE = re.compile(rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}')
 
 
 def read_log(path: str, webhooks: Sequence[Webhook], now: float) -> list[tuple[Webhook, Keys]]:
@@ -1222,6 +1254,11 @@ def is_provider_url(value: Any) -> bool:
     return bool(host) and (parts.scheme == "https" or parts.scheme == "http" and is_loopback(host))
 
 
+def is_present(value: Any) -> bool:
+    """Accept everything: code of its own checks it."""
+    return True
+
+
 class Key(NamedTuple):
     """What a key of the configuration may hold, and its default; `...` stands for "required"."""
 
@@ -1230,12 +1267,8 @@ class Key(NamedTuple):
     default: Any = None
 
 
-def _is_present(value: Any) -> bool:
-    return True  # checked by code of its own
-
-
-TOP_KEYS = {"webclient_info": Key("an object", _is_present, {}), "central_info": Key("an object", _is_present, {})}
-CENTRAL_KEYS = {"webhook": Key("an object or an array of objects", _is_present, {})}
+TOP_KEYS = {"webclient_info": Key("an object", is_present, {}), "central_info": Key("an object", is_present, {})}
+CENTRAL_KEYS = {"webhook": Key("an object or an array of objects", is_present, {})}
 WEBCLIENT_KEYS = {
     "host": Key("an address to bind", is_text, ...),
     "port": Key("a port from 0 to 65535", is_port, ...),
@@ -1248,17 +1281,17 @@ WEBHOOK_KEYS = {
     "name": Key("a string", is_text),
     "type": Key("one of " + ", ".join(TYPES), lambda value: value in TYPES, "central"),
     "path": Key("a path that begins with /, no query, not " + " or ".join(OWN_PATHS), is_path),
-    "token": Key("a string or an array of strings", _is_present),
+    "token": Key("a string or an array of strings", is_present),
     "token_file": Key("a path", is_text),
     "replay_window_hours": Key("a number from 0 to 87600", is_number(0, 87600), 48),
     "public_url": Key("the URL as typed into Central", is_text),
-    "api_key": Key("an object", _is_present),
-    "oidc": Key("an object", _is_present),
+    "api_key": Key("an object", is_present),
+    "oidc": Key("an object", is_present),
 }
 API_KEY_KEYS = {
     "header": Key("the name of a header", lambda value: isinstance(value, str) and bool(_HEADER_NAME.fullmatch(value))),
     "field": Key("the name of a field", is_text),
-    "value": Key("a string or an array of strings", _is_present),
+    "value": Key("a string or an array of strings", is_present),
 }
 OIDC_KEYS = {
     "well_known_url": Key("an https URL (http only to this machine)", is_provider_url, ...),
@@ -1277,20 +1310,20 @@ class ConfigReader:
         self.warnings: list[str] = []
 
     def section(self, found: Any, where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
-        """Return the values of all `keys`, the default where one is missing or wrong."""
+        """Return the values of all `keys`, the default where one is missing, None where it is wrong."""
         if not isinstance(found, dict):
-            shown = describe_value(found, secret=True)
-            self.mistakes.append(f"{where or 'the file'}: expected an object, found {shown}")
-            return {name: None for name in keys}
+            self.mistakes.append(f"{where or 'the file'}: expected an object, found {describe_value(found, True)}")
+            return dict.fromkeys(keys)
         prefix = f"{where}." if where else ""
         for name in found.keys() - keys.keys():
-            nearest = difflib.get_close_matches(name, keys, 1, 0.0) or list(keys)
-            self.mistakes.append(f"{prefix}{name}: unknown key, the nearest known one is {nearest[0]!r}")
-        values = {name: key.default for name, key in keys.items()}
+            import difflib  # costs memory, and only a mistake needs it
+
+            (nearest,) = difflib.get_close_matches(name, keys, 1, 0.0) or list(keys)[:1]
+            self.mistakes.append(f"{prefix}{name}: unknown key, the nearest known one is {nearest!r}")
+        values = {}
         for name, key in keys.items():
-            if name in found and key.accept(found[name]):
-                values[name] = found[name]
-            elif name in found or key.default is ...:
+            values[name] = found.get(name, key.default)
+            if key.default is ... and name not in found or name in found and not key.accept(found[name]):
                 shown = describe_value(found[name]) if name in found else "nothing"
                 self.mistakes.append(f"{prefix}{name}: expected {key.expected}, found {shown}")
                 values[name] = None
@@ -1300,10 +1333,9 @@ class ConfigReader:
         """Check a secret or an array of secrets; the mistakes do not show them."""
         values = found if isinstance(found, list) and found else [found]
         for index, value in enumerate(values):
-            place = f"{where}[{index}]" if found is values else where
             problem = ""
             if not isinstance(value, str) or not value:
-                shown = "an empty one" if value == "" else describe_value(value, secret=True)
+                shown = "an empty one" if value == "" else describe_value(value, True)
                 problem = f"a string that is not empty, found {shown}"
             elif value != value.strip():
                 problem = "no white space around it, found some"
@@ -1312,7 +1344,7 @@ class ConfigReader:
             elif re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
                 problem = "text, found a control character or a surrogate"
             if problem:
-                self.mistakes.append(f"{place}: expected {problem}")
+                self.mistakes.append(f"{where}{f'[{index}]' if found is values else ''}: expected {problem}")
         return tuple(values)
 
     def warn_if_readable(self, path: str) -> None:
@@ -1320,58 +1352,61 @@ class ConfigReader:
         if os.name == "posix" and os.stat(path).st_mode & (stat.S_IRGRP | stat.S_IROTH):
             self.warnings.append(f"{path}: holds a secret, but group or others can read it (chmod 600)")
 
-    def token_file(self, path: str, where: str) -> tuple[str, ...]:
-        """Read the tokens of a file, one a line; ${VARIABLE} in its path is expanded."""
+    def tokens(self, read: dict[str, Any], given: Mapping[str, Any], where: str) -> tuple[str, ...]:
+        """Return the tokens, from the configuration or from a file, one a line; ${VARIABLE} in its path is expanded."""
+        if ("token" in given) == ("token_file" in given):
+            both = "both" if "token" in given else "neither"
+            self.mistakes.append(f"{where}.token: expected one of token and token_file, found {both}")
+            return ()
+        if "token" in given:
+            return self.secrets(given["token"], f"{where}.token")
+        where, path = f"{where}.token_file", read["token_file"] or os.devnull
         try:
             path = re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], path)
             path = os.path.join(self.folder, path)
             with open(path, encoding="utf-8-sig") as file:
                 lines = [line for line in file.read(1 << 20).split("\n") if line]
             self.warn_if_readable(path)
+            return self.secrets(lines or "", where) if read["token_file"] else ()
         except KeyError as error:
             self.mistakes.append(f"{where}: expected a variable of the environment, found no {error}")
         except (OSError, ValueError) as error:
             self.mistakes.append(f"{where}: {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
-        else:
-            return self.secrets(lines or "", where)
         return ()
+
+    def api_key(self, given: Any, where: str) -> ApiKey:
+        """Read an API key."""
+        keys = self.section(given, where, API_KEY_KEYS)
+        values: tuple[str, ...] = ()
+        if isinstance(given, dict):
+            values = self.secrets(keys["value"], f"{where}.value")
+            if ("header" in given) == ("field" in given):
+                self.mistakes.append(f"{where}: expected one of header and field")
+        header = str(keys["header"] or "").lower()
+        return ApiKey("header" if header else "field", header or keys["field"], values)
 
     def webhook(self, found: Any, where: str, several: bool) -> Webhook:
         """Read one webhook."""
         read, mistakes = self.section(found, where, WEBHOOK_KEYS), self.mistakes
-        kind, has = read["type"], found if isinstance(found, dict) else {}
-        if several and "name" not in has:
+        kind, given = read["type"], found if isinstance(found, dict) else {}
+        if several and "name" not in given:
             mistakes.append(f"{where}.name: expected a string, found nothing: several webhooks need names")
-        tokens: tuple[str, ...] = ()
-        if ("token" in has) == ("token_file" in has):
-            both = "both" if "token" in has else "neither"
-            mistakes.append(f"{where}.token: expected one of token and token_file, found {both}")
-        elif "token" in has:
-            tokens = self.secrets(has["token"], f"{where}.token")
-        elif read["token_file"]:
-            tokens = self.token_file(read["token_file"], f"{where}.token_file")
-        url = None
-        if (kind == "new-central") != ("public_url" in has):
+        tokens = self.tokens(read, given, where)
+        self.has_secret = self.has_secret or "token" in given or "api_key" in given
+        url = api_key = provider = None
+        if (kind == "new-central") != ("public_url" in given):
             mistakes.append(f"{where}.public_url: expected with type new-central, and only there")
         elif read["public_url"]:
             try:
                 url = parse_public_url(read["public_url"])
             except ValueError as error:
                 mistakes.append(f"{where}.public_url: {error}, found {describe_value(read['public_url'])}")
-        api_key = provider = None
-        self.has_secret = self.has_secret or "token" in has or "api_key" in has
-        if "api_key" in has:
-            keys, given = self.section(has["api_key"], f"{where}.api_key", API_KEY_KEYS), has["api_key"]
-            values = self.secrets(keys["value"], f"{where}.api_key.value") if isinstance(given, dict) else ()
-            if isinstance(given, dict) and ("header" in given) == ("field" in given):
-                mistakes.append(f"{where}.api_key: expected one of header and field")
-            place = "header" if keys["header"] else "field"
-            api_key = ApiKey(place, str(keys["header"] or "").lower() or keys["field"], values)
-        if "oidc" in has:
-            oidc = Oidc(**self.section(has["oidc"], f"{where}.oidc", OIDC_KEYS))
-            if not (oidc.audience or oidc.client_id):
+        if "api_key" in given:
+            api_key = self.api_key(given["api_key"], f"{where}.api_key")
+        if "oidc" in given:
+            provider = Provider(Oidc(**self.section(given["oidc"], f"{where}.oidc", OIDC_KEYS)))
+            if not (provider.oidc.audience or provider.oidc.client_id):
                 mistakes.append(f"{where}.oidc: expected audience or client_id or both, found neither")
-            provider = Provider(oidc)
         scheme = HEADER_SIGNATURES.get(kind)
         demanded = [scheme.header, *scheme.signed_headers] if scheme else ["signature", "signature-input"]
         demanded += ["authorization"] if provider else []
@@ -1399,22 +1434,14 @@ def read_config(text: bytes, path: str = "") -> Config:
     Raises:
         ConfigError: one argument for each mistake.
     """
-    folder = os.path.dirname(path)
-    reader = ConfigReader(folder)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        reader.mistakes.extend(f"{name}: the key occurs twice" for name in sorted(set(names)) if names.count(name) > 1)
-        return dict(pairs)
-
+    reader = ConfigReader(os.path.dirname(path))
     try:
-        parsed = json.loads(
-            text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=_refuse_constant, parse_int=parse_integer
-        )
+        parsed, twice = load_json(text.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"line {error.lineno} column {error.colno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"not JSON in UTF-8: {error}") from None
+    reader.mistakes.extend(f"{name}: the key occurs twice" for name in twice)
     top = reader.section(parsed, "", TOP_KEYS)
     web = reader.section(top["webclient_info"], "webclient_info", WEBCLIENT_KEYS)
     found, where = reader.section(top["central_info"], "central_info", CENTRAL_KEYS)["webhook"], "central_info.webhook"
@@ -1429,7 +1456,7 @@ def read_config(text: bytes, path: str = "") -> Config:
         reader.warn_if_readable(path)
     if reader.mistakes:
         raise ConfigError(*reader.mistakes)
-    web["port"], web["log_file"] = int(web["port"]), web["log_file"] and os.path.join(folder, web["log_file"])
+    web["port"], web["log_file"] = int(web["port"]), web["log_file"] and os.path.join(reader.folder, web["log_file"])
     return Config(**web, webhooks=tuple(webhooks), warnings=tuple(reader.warnings))
 
 
@@ -1457,7 +1484,7 @@ def describe_webhook(webhook: Webhook) -> str:
         f"tokens: {len(webhook.tokens)}",
         f"at most {hours:g} h old" if hours else "of any age",
         "body protected" if scheme else "BODY NOT PROTECTED, unless the sender covers content-digest",
-        "repetitions are told" if webhook.type not in UNTOLD else "repetitions are not told",
+        "repetitions are not told" if webhook.type in UNTOLD else "repetitions are told",
     ])  # fmt: skip
 
 
@@ -1482,8 +1509,10 @@ def check_signature(webhook: Webhook, request: Request, now: float) -> tuple[int
     for name in request.repeated:
         if name == scheme.header or scheme is CENTRAL and name.startswith("x-central-"):
             raise SignatureError(name + " occurs more than once")
-    token = verify_signature(request.body, headers, webhook.tokens, scheme)
-    return token, parse_delivery_timestamp(headers[scheme.signed_headers[2]]) if scheme is CENTRAL else None
+    tokens, first = webhook.tokens, min(webhook.memory.last_token, len(webhook.tokens))
+    found = verify_signature(request.body, headers, tokens[first:] + tokens[:first], scheme)
+    sent = parse_delivery_timestamp(headers[scheme.signed_headers[2]]) if scheme is CENTRAL else None
+    return (first + found) % len(tokens), sent
 
 
 def check_webhook(webhook: Webhook, request: Request, now: float) -> Proof:
@@ -1536,8 +1565,8 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
     is_small = len(request.body) < 1 << 16  # otherwise hints would cost too much
     text, stripped = json_text(request.body) if is_small else None, request.body.strip()
     respelled = [stripped, stripped + b"\n"] if is_small else []  # what a proxy may have received
-    with contextlib.suppress(RecursionError):
-        payload = json.loads(text or "{}", parse_int=parse_integer)
+    with contextlib.suppress(ValueError):
+        payload = load_json(text or "{}")[0]
         for separators, only_ascii in itertools.product(((",", ":"), (", ", ": ")), (False, True)):
             spelling = json.dumps(payload, separators=separators, ensure_ascii=only_ascii)
             respelled.append(spelling.encode(errors="replace"))
@@ -1696,6 +1725,7 @@ T = TypeVar("T")
 Steps = Generator[Any, Any, T]  # a part of a conversation: what it waits for, what it is brought, what it returns
 Job = Callable[[], Any]
 
+
 class Handler(BaseHTTPRequestHandler):
     """One connection, from its first byte to its last: `converse` reads requests and answers them, one after the other.
 
@@ -1708,14 +1738,15 @@ class Handler(BaseHTTPRequestHandler):
     server: Receiver
     buffer = b""  # received, not consumed
     unsent = b""  # replies that the sender has not taken yet
+    wanted: Any = None  # what it waits for; None: bytes
     is_busy = is_watched = lingers = False
-    is_new = True
+    is_new = True  # what has come with the connection has not been served yet
 
     def setup(self) -> None:
         """Begin; no file objects around the socket."""
         self.request.setblocking(False)
         self.deadline = time.monotonic() + self.server.config.request_timeout_seconds
-        self.steps, self.wanted = self.converse(), None
+        self.steps = self.converse()
         self.server.connections.add(self)
 
     def handle(self) -> None:
@@ -1749,39 +1780,36 @@ class Handler(BaseHTTPRequestHandler):
             overload = Refusal("overload", f"more than max_connections, {server.config.max_connections}")
             goes_on = self.refuse(overload, None, ())
         while goes_on:
-            while self.buffer in (b"", b"\r") or self.buffer.startswith(b"\r\n"):
-                if len(self.buffer) > 1:  # RFC 9112 section 2.2: an empty line before a request is passed over
-                    self.buffer = self.buffer[2:]
-                    continue
+            if self.buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: an empty line before a request is passed over
+                self.buffer = self.buffer[2:]
+            elif self.buffer in (b"", b"\r"):
                 try:
                     data = yield
                 except Refusal as refusal:
+                    data = b""
                     if is_first:
                         self.refuse(refusal, None, ())
-                    data = b""
-                if not data:
-                    goes_on = False
-                    break
                 self.buffer += data
+                goes_on = bool(data)
             else:
                 if not is_first:
                     self.deadline = time.monotonic() + server.config.request_timeout_seconds
-                self.is_busy, is_first = True, False
+                is_first, self.is_busy = False, True
                 goes_on = yield from self.serve_request()
                 self.is_busy = False
-            if self.unsent:
-                yield self.send_rest
+                if self.unsent:
+                    yield self.send_rest
         if self.lingers:
             yield from self.linger()
 
     def serve_request(self) -> Steps[bool]:
         """Read one request and answer it; return whether another may follow."""
-        server, config = self.server, self.server.config
+        server = self.server
         request: Optional[Request] = None
         webhooks: Sequence[Webhook] = ()
         try:
             request = yield from self.read_head()
-            length = parse_framing(request, config.max_body_bytes)
+            length = parse_framing(request, server.config.max_body_bytes)
             webhooks = server.route(request)
             expects = "expect" in request.headers and request.headers["expect"].lower() == "100-continue"
             if expects and request.version == "HTTP/1.1" and length != 0:
@@ -1807,10 +1835,12 @@ class Handler(BaseHTTPRequestHandler):
         while True:
             end = self.buffer.find(b"\r\n\r\n", max(0, known - 3))
             if not 0 <= end <= MAX_REQUEST_LINE_BYTES:  # the usual request is below all limits
-                line_end = self.buffer.find(b"\r\n") % (len(self.buffer) + 1)  # -1: all of it
-                if line_end - self.buffer.endswith(b"\r") > MAX_REQUEST_LINE_BYTES:
+                size = end if end >= 0 else len(self.buffer)
+                line_end = self.buffer.find(b"\r\n")
+                line_end = line_end if line_end >= 0 else size - self.buffer.endswith(b"\r")
+                if line_end > MAX_REQUEST_LINE_BYTES:
                     raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
-                if end % (len(self.buffer) + 1) - line_end > MAX_HEADER_BYTES:
+                if size - line_end > MAX_HEADER_BYTES:
                     raise Refusal("headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes")
             if end >= 0:
                 head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
@@ -1824,9 +1854,9 @@ class Handler(BaseHTTPRequestHandler):
         """Read `length` bytes."""
         parts = []
         while True:
-            part, self.buffer = self.buffer[:length], self.buffer[length:]
-            parts.append(part)
-            length -= len(part)
+            parts.append(self.buffer[:length])
+            self.buffer = self.buffer[length:]
+            length -= len(parts[-1])
             if not length:
                 return b"".join(parts)
             yield from self.receive_more()
@@ -1834,8 +1864,8 @@ class Handler(BaseHTTPRequestHandler):
     def read_line(self, limit: int) -> Steps[bytes]:
         """Read a line of a chunked body, without its CRLF; at most `limit` bytes."""
         while True:
-            line, end, rest = self.buffer[: limit + 2].partition(b"\r\n")
-            if end:
+            line, crlf, _ = self.buffer[: limit + 2].partition(b"\r\n")
+            if crlf:
                 self.buffer = self.buffer[len(line) + 2 :]
                 return line
             if len(self.buffer) >= limit + 2:
@@ -1868,9 +1898,8 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, data: bytes) -> None:
         """Send, as far as the sender reads its answers: the rest is for `send_rest`."""
         sent = 0
-        if not self.unsent:
-            with contextlib.suppress(BlockingIOError):
-                sent = self.request.send(data)
+        with contextlib.suppress(BlockingIOError):
+            sent = 0 if self.unsent else self.request.send(data)
         self.unsent += data[sent:]
 
     def send_rest(self) -> None:
@@ -1888,9 +1917,9 @@ class Handler(BaseHTTPRequestHandler):
             close = close or "keep-alive" not in options
             extra += () if close else ("Connection: keep-alive",)
         extra += ("Connection: close",) if close else ()
+        if LOG.is_verbose:
+            LOG.add("DEBUG", f"{status} to {self.server.peer_of(self.client_address, request)}: {body[:100].decode()}")
         head_only = request is not None and request.method == "HEAD"
-        if LOG.isEnabledFor(logging.DEBUG):
-            LOG.debug("%d to %s: %s", status, self.server.peer_of(self.client_address, request), body[:100].decode())
         self.send(encode_reply(int(time.time()), status, kind, body, head_only, *extra))
         self.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
         self.lingers = close and (status != 200 or self.server.stopping)
@@ -1902,11 +1931,11 @@ class Handler(BaseHTTPRequestHandler):
         name = refusal.webhook if refusal.webhook or len(webhooks) != 1 else webhooks[0].name
         server.metrics.count(name, refusal.reason, len(request.body) if request else 0)
         if server.rejections.admit():
-            hint = ""
-            if request and refusal.reason == "signature":
-                hint = explain(request, webhooks, server.config.webhooks)
+            is_forged = request and refusal.reason == "signature"
+            hint = explain(request, webhooks, server.config.webhooks) if request and is_forged else ""
             peer, shown = server.peer_of(self.client_address, request), f" for {name!r}" if name else ""
-            LOG.warning("%d to %s%s: %s: %s%s", status, peer, shown, refusal.reason, refusal, hint and f" ({hint})")
+            why = f"{refusal.reason}: {refusal}{hint and f' ({hint})'}"
+            LOG.add("WARNING", f"{status} to {peer}{shown}: {why}")
         scheme = "Bearer" if any(webhook.provider for webhook in webhooks) else "HMAC-SHA256"
         allow = "GET, HEAD" if request and request.path in OWN_PATHS else "POST"
         extra = {401: f"WWW-Authenticate: {scheme}", 405: f"Allow: {allow}", 503: "Retry-After: 1"}.get(status)
@@ -1942,7 +1971,7 @@ class RejectionLog:
         second = int(time.monotonic())
         if second != self.second:
             if self.lines > REJECTION_LINES_PER_SECOND:
-                LOG.warning("%d more rejections within a second", self.lines - REJECTION_LINES_PER_SECOND)
+                LOG.add("WARNING", f"{self.lines - REJECTION_LINES_PER_SECOND} more rejections within a second")
             self.second, self.lines = second, 0
 
 
@@ -1956,8 +1985,7 @@ class Metrics:
 
     def add_webhooks(self, names: Sequence[str]) -> None:
         """Let all series of these webhooks exist."""
-        for name in names:
-            self.last_accepted.setdefault(name, 0.0)
+        self.last_accepted = {**dict.fromkeys(names, 0.0), **self.last_accepted}
         for name, result in itertools.product(["", *names], [*REFUSALS, "accepted", "duplicate"]):
             self.results.setdefault((name, result), 0)
 
@@ -1969,16 +1997,16 @@ class Metrics:
     def render(self, in_flight: int) -> bytes:
         """Return the text that Prometheus reads."""
 
-        def quote_label(text: str) -> str:
-            return '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'
+        def label(name: str) -> str:
+            return 'webhook="' + name.replace("\\", r"\\").replace('"', r"\"") + '"'
 
         series = "central_webhook_deliveries_total", "central_webhook_last_accepted_timestamp_seconds"
         counts, accepted = sorted(self.results.items()), sorted(self.last_accepted.items())
         lines = [
             f"# TYPE {series[0]} counter",
-            *(f'{series[0]}{{webhook={quote_label(name)},result="{result}"}} {n}' for (name, result), n in counts),
+            *(f'{series[0]}{{{label(name)},result="{result}"}} {count}' for (name, result), count in counts),
             f"# TYPE {series[1]} gauge",
-            *(f"{series[1]}{{webhook={quote_label(name)}}} {moment:.3f}" for name, moment in accepted),
+            *(f"{series[1]}{{{label(name)}}} {moment:.3f}" for name, moment in accepted),
             "# TYPE central_webhook_body_bytes_total counter",
             f"central_webhook_body_bytes_total {self.body_bytes}",
             "# TYPE central_webhook_requests_in_flight gauge",
@@ -2009,8 +2037,8 @@ class Receiver(ThreadingHTTPServer):
         self.lingering: set[Handler] = set()
         self.waiting: list[tuple[Handler, Entry]] = []  # to be written
         self.is_writing = self.is_accepting = self.stopping = False
-        self.jobs: queue.SimpleQueue[Optional[tuple[Job, Callable[[Any], None]]]] = queue.SimpleQueue()
-        self.running = self.threads = 0
+        self.jobs: collections.deque[Optional[tuple[Job, Callable[[Any], None]]]] = collections.deque()
+        self.has_jobs, self.running, self.threads = threading.Semaphore(0), 0, 0
         self.calls: collections.deque[Callable[[], None]] = collections.deque()
         self.metrics, self.rejections, self.next_look = Metrics(), RejectionLog(), 0.0
         self.metrics.add_webhooks([webhook.name for webhook in config.webhooks])
@@ -2018,8 +2046,7 @@ class Receiver(ThreadingHTTPServer):
         self.old_tokens_named: dict[tuple[str, int], float] = {}
         self.selector = selectors.DefaultSelector()
         self.waker, woken = socket.socketpair()
-        for end in (self.waker, woken):
-            end.setblocking(False)
+        self.waker.setblocking(False)
         self.selector.register(woken, selectors.EVENT_READ, functools.partial(self.take_calls, woken))
         host = "127.0.0.1" if config.host == "localhost" else config.host
         address: Any = (host, config.port)
@@ -2072,18 +2099,17 @@ class Receiver(ThreadingHTTPServer):
             if now >= self.next_look:
                 self.next_look = now + poll_interval
                 self.look_after(now)
-        except Exception:
-            self.handle_error(None, None)
+        except Exception as error:
+            self.report_bug(error)
 
     def look_after(self, now: float) -> None:
         """Do what is due several times a second."""
-        self.stopping = self.stopping or self.outputs.gone.is_set()
+        self.stopping = self.stopping or self.outputs.is_gone
         self.watch_listener(not self.stopping)
         self.rejections.sum_up()
         late = [one for one in self.waiting if one[1].deadline <= now]
-        if late:
-            self.waiting = [one for one in self.waiting if one[1].deadline > now]
-            self.settle(late, f"stuck for {self.outputs.patience_seconds:g} s")
+        self.waiting = [one for one in self.waiting if one[1].deadline > now]
+        self.settle(late, f"stuck for {self.outputs.patience_seconds:g} s")
         for handler in [*self.connections, *self.lingering]:
             if handler.deadline <= now and handler.wanted is None:
                 self.go_on(handler, error=Refusal("timeout", "the request was not complete in time"))
@@ -2094,8 +2120,8 @@ class Receiver(ThreadingHTTPServer):
             wanted = handler.wanted = handler.steps.throw(error) if error else handler.steps.send(value)
         except (StopIteration, OSError):  # OSError: the sender is gone, nobody to tell
             self.close_connection(handler)
-        except Exception:
-            self.handle_error(handler.request, handler.client_address)
+        except Exception as bug:
+            self.report_bug(bug)
             self.close_connection(handler)
         else:
             if type(wanted) is Entry:
@@ -2105,12 +2131,12 @@ class Receiver(ThreadingHTTPServer):
             elif not (handler.is_watched or handler.is_new):
                 self.watch(handler, True)
 
-    def bring_outcome(self, handler: Handler, outcome: Any) -> None:
-        """Let a connection go on with what a job has returned or raised."""
-        if isinstance(outcome, BaseException):
-            self.go_on(handler, error=outcome)
-        else:
-            self.go_on(handler, outcome)
+    def report_bug(self, error: Exception) -> None:
+        """Report a bug of ours in one line, with its place; --verbose adds the traceback."""
+        trace = error.__traceback__
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        LOG.add("ERROR", f"internal error: {error!r} (line {trace and trace.tb_lineno})", error)
 
     def write_waiting(self) -> None:
         """Have written what was accepted, and answered. Deliveries that are ready together share one write and one sync
@@ -2119,14 +2145,14 @@ class Receiver(ThreadingHTTPServer):
             batch, self.waiting, self.is_writing = self.waiting, [], True
             entries = [entry for _, entry in batch]
             failure = self.outputs.write(entries, may_wait=False)
-            if failure is None:
+            if failure is not None:
+                self.end_writing(batch, failure)
+            else:
                 job = functools.partial(self.outputs.write, entries, may_wait=True)
                 self.run_aside(job, functools.partial(self.end_writing, batch))
-            else:
-                self.end_writing(batch, failure)
 
     def end_writing(self, batch: Sequence[tuple[Handler, Entry]], failure: str) -> None:
-        """Answer those that have been written, or have not."""
+        """Let those go on whose deliveries have been written."""
         self.is_writing = False
         self.settle(batch, failure)
 
@@ -2135,8 +2161,6 @@ class Receiver(ThreadingHTTPServer):
         for handler, _ in batch:
             self.go_on(handler, failure)
 
-    # What other threads do.
-
     def run_aside(self, job: Job, then: Callable[[Any], None]) -> None:
         """Have another thread do a job; `then` gets what it returns or raises, back in this thread."""
         self.running += 1
@@ -2144,11 +2168,12 @@ class Receiver(ThreadingHTTPServer):
             with contextlib.suppress(RuntimeError):  # no more threads: it waits until one has time
                 threading.Thread(target=self.do_jobs, daemon=True).start()
                 self.threads += 1
-        self.jobs.put((job, then))
+        self.jobs.append((job, then))
+        self.has_jobs.release()
 
     def do_jobs(self) -> None:
         """Do jobs, in a thread of its own."""
-        while task := self.jobs.get():
+        while self.has_jobs.acquire() and (task := self.jobs.popleft()):
             job, then = task
             try:
                 outcome = job()
@@ -2161,8 +2186,14 @@ class Receiver(ThreadingHTTPServer):
         self.running -= 1
         if self.threads > self.running + IDLE_THREADS:
             self.threads -= 1
-            self.jobs.put(None)
+            self.jobs.append(None)
+            self.has_jobs.release()
         then(outcome)
+
+    def bring_outcome(self, handler: Handler, outcome: Any) -> None:
+        """Let a connection go on with what a job has returned or raised."""
+        is_error = isinstance(outcome, BaseException)
+        self.go_on(handler, None if is_error else outcome, outcome if is_error else None)
 
     def call(self, function: Callable[[], None]) -> None:
         """Have a function called by the thread of `serve_forever`. Callable from any thread, and by a signal."""
@@ -2175,8 +2206,6 @@ class Receiver(ThreadingHTTPServer):
         woken.recv(RECEIVE_BYTES)
         while self.calls:
             self.calls.popleft()()
-
-    # Connections.
 
     def watch_listener(self, wanted: bool) -> None:
         """Watch the listening socket for new connections, or not."""
@@ -2199,7 +2228,7 @@ class Receiver(ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 if self.rejections.admit():
-                    LOG.error("cannot accept a connection: %s", error.strerror)
+                    LOG.add("ERROR", f"cannot accept a connection: {error.strerror}")
                 self.watch_listener(False)  # for a moment, or the loop would spin
             return False
         self.finish_request(request, client_address)
@@ -2223,13 +2252,6 @@ class Receiver(ThreadingHTTPServer):
     def in_flight(self) -> int:
         """Return how many requests are in hand."""
         return sum(handler.is_busy for handler in self.connections)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report a bug of ours in one line, with its place; --verbose adds the traceback."""
-        _, error, trace = sys.exc_info()
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        LOG.error("internal error: %r (line %s)", error, trace and trace.tb_lineno, exc_info=True)
 
     def peer_of(self, client_address: Any, request: Optional[Request]) -> str:
         """Return who sent a request: behind a proxy on this machine, the last address in X-Forwarded-For."""
@@ -2267,12 +2289,14 @@ class Receiver(ThreadingHTTPServer):
         now = time.time()
         check = functools.partial(check_webhooks, webhooks, request, now)
         webhook, proof = (yield check) if any([one.provider for one in webhooks]) else check()  # authentic
+        memory = webhook.memory
         try:
             check_age(proof.sent, webhook.replay_window_seconds, now)  # recent
-            is_new = webhook.memory.claim(proof.keys)  # new
+            is_new = memory.claim(proof.keys)  # new
         except Refusal as refusal:
             refusal.webhook = webhook.name
             raise
+        memory.last_token = proof.token
         if proof.token:
             self.name_old_token(webhook, proof.token)
         if not is_new:
@@ -2287,10 +2311,10 @@ class Receiver(ThreadingHTTPServer):
             shown = (self.render(delivery) if self.render else line + "}\n").encode()
             failure = yield Entry(line, delivery.key, shown, time.monotonic() + self.outputs.patience_seconds)  # kept
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            LOG.debug("not kept", exc_info=True)
+            LOG.add("DEBUG", "not kept", error)
             raise Refusal("handler", f"{type(error).__name__}: {error}", webhook.name) from None
         finally:
-            webhook.memory.settle(proof.keys, kept=not failure)
+            memory.settle(proof.keys, kept=not failure)
         if failure:
             raise Refusal("output", failure, webhook.name)
         self.metrics.count(webhook.name, "accepted", len(request.body))
@@ -2302,7 +2326,7 @@ class Receiver(ThreadingHTTPServer):
         now = time.monotonic()
         if now - self.old_tokens_named.get((webhook.name, position), -1e9) > 60:
             self.old_tokens_named[webhook.name, position] = now
-            LOG.info("webhook %r: token %d of %d still matches", webhook.name, position + 1, len(webhook.tokens))
+            LOG.add("INFO", f"webhook {webhook.name!r}: token {position + 1} of {len(webhook.tokens)} still matches")
 
     def reload(self, config: Config) -> None:
         """Swap in a new configuration in the middle of traffic: memories and counters stay. Callable from any thread.
@@ -2311,7 +2335,7 @@ class Receiver(ThreadingHTTPServer):
             OutputError: its log file cannot be opened; the old configuration stays whole.
         """
         if (config.host, config.port) != (self.config.host, self.config.port):
-            LOG.warning("host and port change with a restart only")
+            LOG.add("WARNING", "host and port change with a restart only")
         before, webhooks = {(webhook.name, webhook.type): webhook for webhook in self.config.webhooks}, []
         for webhook in config.webhooks:
             old = before.get((webhook.name, webhook.type), webhook)
@@ -2322,27 +2346,30 @@ class Receiver(ThreadingHTTPServer):
         self.outputs.reopen(config.log_file, config.request_timeout_seconds)
         same_log = config.log_file == self.config.log_file
         fresh = [webhook for webhook in webhooks if not same_log or (webhook.name, webhook.type) not in before]
-        found = read_log(config.log_file, fresh, time.time()) if config.log_file else []
+        found = read_log(config.log_file, fresh, time.time()) if config.log_file and fresh else []
         host, port = self.config.host, self.config.port
-        self.call(functools.partial(self.swap, config._replace(host=host, port=port, webhooks=tuple(webhooks)), found))
+        config, swapped = config._replace(host=host, port=port, webhooks=tuple(webhooks)), threading.Event()
+        self.call(functools.partial(self.swap, config, found, swapped))
+        swapped.wait(self.outputs.patience_seconds)
 
-    def swap(self, config: Config, found: Sequence[tuple[Webhook, Keys]]) -> None:
+    def swap(self, config: Config, found: Sequence[tuple[Webhook, Keys]], swapped: threading.Event) -> None:
         """Use another configuration from now on, and remember what its log holds."""
         for webhook, keys in found:
             webhook.memory.settle(keys, kept=True)
         self.metrics.add_webhooks([webhook.name for webhook in config.webhooks])
         self.config = config
-        LOG.info("configuration reloaded: %s", ", ".join(webhook.name for webhook in config.webhooks))
+        LOG.add("INFO", f"configuration reloaded: {', '.join(webhook.name for webhook in config.webhooks)}")
+        swapped.set()
 
 
 def has_own_code() -> bool:
     """Tell whether `handle_alert` is no longer as it was: then it may take long."""
+
+    def as_it_was(delivery: Delivery) -> None:
+        """Do nothing."""
+
     code = getattr(handle_alert, "__code__", None)
-    return not code or code.co_code != _handle_nothing.__code__.co_code
-
-
-def _handle_nothing(delivery: Delivery) -> None:
-    """Stand for a `handle_alert` that is as it was."""
+    return not code or code.co_code != as_it_was.__code__.co_code
 
 
 # ---- The OIDC provider's keys -----------------------------------------------
@@ -2391,10 +2418,10 @@ class Provider:
                 raise ValueError("the discovery document has no issuer, or no jwks_uri over https")
             keys = parse_rsa_keys(fetch_json(url, PROVIDER_SECONDS / 2))
             self.issuer, self.keys, self.answered = issuer, keys, time.monotonic()
-            LOG.info("%d OIDC keys of %s", len(keys), issuer)
+            LOG.add("INFO", f"{len(keys)} OIDC keys of {issuer}")
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.failure = f"{self.oidc.well_known_url}: {error}"
-            LOG.warning("no OIDC keys: %s", self.failure)
+            LOG.add("WARNING", f"no OIDC keys: {self.failure}")
 
 
 def connect_to(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
@@ -2438,6 +2465,8 @@ def fetch_json(url: str, seconds: float) -> dict[str, Any]:
 
 # ---- Life: signals, systemd -------------------------------------------------
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 def notify(*lines: str) -> None:
     """Tell systemd about our state, where it asks for it (sd_notify(3))."""
@@ -2447,7 +2476,7 @@ def notify(*lines: str) -> None:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
                 messenger.sendto("\n".join(lines).encode(), "\0" + address[1:] if address[0] == "@" else address)
         except OSError as error:
-            LOG.warning("NOTIFY_SOCKET: %s", error.strerror)
+            LOG.add("WARNING", f"NOTIFY_SOCKET: {error.strerror}")
 
 
 def inherited_descriptor() -> Optional[int]:
@@ -2456,54 +2485,55 @@ def inherited_descriptor() -> Optional[int]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or count in ("", "0"):
         return None
     if count != "1":
-        LOG.warning("LISTEN_FDS is %s, and only the first socket is used", count)
+        LOG.add("WARNING", f"LISTEN_FDS is {count}, and only the first socket is used")
     return 3
-
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def reload_config(receiver: Receiver, path: str) -> None:
     """Do what SIGHUP asks for: the new configuration as a whole, or the old one and an error in the log."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    kept = f"configuration not reloaded, the old one stays: {path}"
     try:
         config = load_config(path)
         receiver.reload(config)
         for text in config.warnings:
-            LOG.warning("%s", text)
+            LOG.add("WARNING", text)
     except (ConfigError, OutputError) as error:
         for mistake in error.args:
-            LOG.error("configuration not reloaded, the old one stays: %s: %s", path, mistake)
+            LOG.add("ERROR", f"{kept}: {mistake}")
     except Exception as error:  # a bug of ours must not stop a receiver that works
-        LOG.error("configuration not reloaded, the old one stays: %s: %r", path, error, exc_info=True)
+        LOG.add("ERROR", f"{kept}: {error!r}", error)
     notify("READY=1")
 
 
 def serve(receiver: Receiver, path: str) -> int:
     """Serve until a signal says stop, or nobody reads stdout; finish what is in flight; return the exit code."""
-    reload = functools.partial(reload_config, receiver, path)
-    outputs = receiver.outputs
+    outputs, one_at_a_time = receiver.outputs, threading.Lock()
+
+    def reload() -> None:
+        with one_at_a_time:
+            reload_config(receiver, path)
 
     def on_signal(number: int, frame: Any) -> None:
         if number not in STOP_SIGNALS:
-            receiver.call(functools.partial(receiver.run_aside, reload, lambda outcome: None))
+            receiver.call(lambda: receiver.run_aside(reload, lambda outcome: None))
         elif receiver.stopping:
             os._exit(0)
         else:
             notify("STOPPING=1")
             receiver.shutdown()
 
-    for name in {*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGINT)}:
-        signal.signal(name, on_signal)
+    for number in {*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        signal.signal(number, on_signal)
     notify("READY=1")
     receiver.serve_forever()
-    if outputs.gone.is_set():
-        LOG.error("stopped: nobody reads stdout any more")
+    if outputs.is_gone:
+        LOG.add("ERROR", "stopped: nobody reads stdout any more")
         return EX_CANNOT_SERVE
     if not receiver.is_writing:
         with contextlib.suppress(OutputError):
             outputs.write_stdout(time.monotonic() + 1)  # what completes a line
-    LOG.info("stopped, %d requests unanswered", receiver.in_flight())
+    LOG.add("INFO", f"stopped, {receiver.in_flight()} requests unanswered")
     return 0
 
 
@@ -2529,7 +2559,7 @@ SAMPLES: dict[str, dict[str, Any]] = {  # shaped like what the vendors document;
 
 def sign_sample(webhook: Webhook, query: Optional[str], number: int, now: float) -> tuple[dict[str, str], bytes]:
     """Return the headers and the body of a sample alert, signed with the first token as the sender would."""
-    payload = {**SAMPLES[webhook.type], "timestamp": int(now), "time": format_utc(now), "sample": number}
+    payload = {**SAMPLES.get(webhook.type, {}), "timestamp": int(now), "time": format_utc(now), "sample": number}
     headers = {"content-type": JSON, "date": email.utils.formatdate(now, usegmt=True)}
     if webhook.api_key:
         (payload if webhook.api_key.place == "field" else headers)[webhook.api_key.name] = webhook.api_key.values[0]
@@ -2599,49 +2629,23 @@ def run_demo(render: Render) -> int:
             kind, expected = "forged alert, one word of its body changed", 401
             body = body.replace(b"Critical", b"Harmless")
         status, answer = post(url, headers, body)
-        LOG.handlers[0].flush()
+        LOG.flush()
         print(f"{kind}: {status} {answer}", file=sys.stderr)
         passed = passed and status == expected
     return 0 if passed else EX_CANNOT_SERVE
 
 
-class LogHandler(logging.Handler):
-    """Writes to stderr: time, level, message; one line each, whatever a sender has written into it.
-
-    A thread of its own writes, since a reader of stderr that stalls must hold up nobody; beyond 1000, lines are lost.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: queue.Queue[str] = queue.Queue(1000)
-        threading.Thread(target=self.write_lines, name="log", daemon=True).start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Hand over a line; the traceback of a bug is shown with --verbose only."""
-        text = f"{format_utc(record.created)} {record.levelname} {escape_text(record.getMessage())}"
-        if record.exc_info and LOG.isEnabledFor(logging.DEBUG):
-            text += "\n" + logging.Formatter().formatException(record.exc_info)
-        with contextlib.suppress(queue.Full):
-            self.lines.put_nowait(text)
-
-    def write_lines(self) -> None:
-        """Write what was handed over."""
-        while True:
-            text = self.lines.get()
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads stderr: no reason to stop
-                print(text, file=sys.stderr, flush=True)
-            self.lines.task_done()
-
-    def flush(self) -> None:
-        """Wait until all is written, for a second at most."""
-        deadline = time.monotonic() + 1
-        while self.lines.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.005)
+def check_config(config: Config) -> int:
+    """Say what each webhook demands, and whether the log can be written."""
+    print(*[ascii(describe_webhook(webhook))[1:-1] for webhook in config.webhooks], sep="\n", flush=True)
+    path = config.log_file or os.devnull
+    is_writable = os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK)
+    return 0 if is_writable and not os.path.isdir(path) else fail(f"{path}: cannot be written", EX_CANNOT_SERVE)
 
 
 def fail(message: str, code: int) -> int:
     """Say in one line why the program ends, after what was logged before, and return its exit code."""
-    LOG.handlers[0].flush()
+    LOG.flush()
     print(f"{PROGRAM}: error: {escape_text(message)}", file=sys.stderr)
     return code
 
@@ -2697,13 +2701,16 @@ def start(config: Config, path: str, render: Render) -> int:
         with contextlib.suppress(OSError):  # where that is not allowed, it is slower
             processors = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
-    try:
-        outputs = Outputs(config.log_file, config.request_timeout_seconds)
-        if config.log_file:
+    outputs = Outputs(config.log_file, config.request_timeout_seconds)
+    if config.log_file:
+        try:
             found = read_log(config.log_file, config.webhooks, time.time())
-            for webhook, keys in found:
-                webhook.memory.settle(keys, kept=True)
-            LOG.info("%d deliveries remembered from %s", len(found), config.log_file)
+        except OSError as error:
+            raise OutputError(f"{config.log_file}: {error.strerror}") from None
+        for webhook, keys in found:
+            webhook.memory.settle(keys, kept=True)
+        LOG.add("INFO", f"{len(found)} deliveries remembered from {config.log_file}")
+    try:
         receiver = Receiver(config, outputs, render, inherited_descriptor())
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -2714,31 +2721,25 @@ def start(config: Config, path: str, render: Render) -> int:
         shown += f" (http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]})"
     webhooks = ", ".join(f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks)
     log_file = f", {config.log_file}" if config.log_file else ""
-    LOG.info("%s %s listens on %s; webhooks: %s; output: stdout%s", PROGRAM, VERSION, shown, webhooks, log_file)
+    LOG.add("INFO", f"{PROGRAM} {VERSION} listens on {shown}; webhooks: {webhooks}; output: stdout{log_file}")
     return serve(receiver, path)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; return its exit code: 0 stopped on request, 1 cannot serve, 2 usage, 78 configuration."""
     options = parse_arguments(argv)
-    LOG.handlers, LOG.propagate = [LogHandler()], False
-    LOG.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    LOG.start(options.verbose)
     try:
         if options.demo:
             return run_demo(choose_render(options.format, ["demo"]))
         config = load_config(options.input)
         for text in config.warnings:
-            LOG.warning("%s", text)
+            LOG.add("WARNING", text)
         if options.send_sample is not None:
             return send_sample(config, options.send_sample, options.webhook, options.header)
         if options.check_config:
-            print(*[ascii(describe_webhook(webhook))[1:-1] for webhook in config.webhooks], sep="\n", flush=True)
-            path = config.log_file or os.devnull
-            writable = os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK)
-            writable = writable and not os.path.isdir(path)
-            return 0 if writable else fail(f"{path}: cannot be written", EX_CANNOT_SERVE)
-        render = choose_render(options.format, [webhook.name for webhook in config.webhooks])
-        return start(config, options.input, render)
+            return check_config(config)
+        return start(config, options.input, choose_render(options.format, [one.name for one in config.webhooks]))
     except ConfigError as error:
         return max(fail(f"{options.input}: {mistake}", EX_CONFIG) for mistake in error.args)
     except OutputError as error:
@@ -2748,7 +2749,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         return EX_CANNOT_SERVE if options.send_sample is not None else 0
     finally:
-        LOG.handlers[0].flush()
+        LOG.flush()
 
 
 if __name__ == "__main__":
