@@ -848,6 +848,7 @@ class Log:
         self.is_verbose = False
         self.lines: collections.deque[str] = collections.deque()  # the first is being written
         self.added = threading.Semaphore(0)
+        self.second, self.rejections = 0, 0
 
     def start(self, is_verbose: bool) -> None:
         """Begin to write what is and will be logged."""
@@ -866,6 +867,20 @@ class Log:
         if len(self.lines) < 1000:
             self.lines.append(text)
             self.added.release()
+
+    def admits_rejection(self) -> bool:
+        """Tell whether one more rejection may have its line: so many a second, the others are summed up."""
+        self.sum_up_rejections()
+        self.rejections += 1
+        return self.rejections <= REJECTION_LINES_PER_SECOND
+
+    def sum_up_rejections(self) -> None:
+        """Write the line for those of the last second that had none."""
+        second = int(time.monotonic())
+        if second != self.second:
+            if self.rejections > REJECTION_LINES_PER_SECOND:
+                self.add("WARNING", f"{self.rejections - REJECTION_LINES_PER_SECOND} more rejections within a second")
+            self.second, self.rejections = second, 0
 
     def write_lines(self) -> None:
         """Write what was logged."""
@@ -986,7 +1001,6 @@ class Outputs:
         self.poll = select.poll() if can_block and hasattr(select, "poll") else None
         if self.poll:
             self.poll.register(self.stdout, select.POLLOUT)
-        self.log_lock = threading.Lock()
         self.cut_to: Optional[int] = None
         self.log = open_log(log_file) if log_file else None
 
@@ -1011,7 +1025,7 @@ class Outputs:
             if self.log is not None:
                 keys = [quote(entry.key) if entry.key else "null" for entry in entries]
                 lines = [f'{entry.line}, "key": {key}}}\n' for entry, key in zip(entries, keys)]
-                self.append_log("".join(lines).encode())
+                self.append_log(self.log, "".join(lines).encode())
         except WouldWait:
             return None
         except Exception as error:
@@ -1052,21 +1066,19 @@ class Outputs:
             self.unwritten = data[start:]
             self.is_torn = data[start - 1 : start] != b"\n" if start else self.is_torn
 
-    def append_log(self, data: bytes) -> None:
+    def append_log(self, log: int, data: bytes) -> None:
         """Append to the log, synced; on failure cut it back to its last whole line and raise OutputError."""
-        with self.log_lock:
-            assert self.log is not None
-            try:
-                self.cut_log(self.log)
-                self.cut_to = os.fstat(self.log).st_size
-                while data:
-                    data = data[os.write(self.log, data) :]
-                getattr(os, "fdatasync", os.fsync)(self.log)  # macOS and Windows have no fdatasync
-                self.cut_to = None
-            except OSError as error:
-                with contextlib.suppress(OSError):  # cut_to stays, so the next append tries again before it writes
-                    self.cut_log(self.log)
-                raise OutputError(f"{self.log_path}: {error.strerror}") from None
+        try:
+            self.cut_log(log)
+            self.cut_to = os.fstat(log).st_size
+            while data:
+                data = data[os.write(log, data) :]
+            getattr(os, "fdatasync", os.fsync)(log)  # macOS and Windows have no fdatasync
+            self.cut_to = None
+        except OSError as error:
+            with contextlib.suppress(OSError):  # cut_to stays, so the next append tries again before it writes
+                self.cut_log(log)
+            raise OutputError(f"{self.log_path}: {error.strerror}") from None
 
     def cut_log(self, log: int) -> None:
         """Cut off what a failed append has left."""
@@ -1076,23 +1088,18 @@ class Outputs:
 
     def reopen(self, log_file: Optional[str], patience_seconds: float) -> None:
         """Open the log again (logrotate has moved it), or another one; raise OutputError and keep the old one."""
-        if not self.log_lock.acquire(timeout=self.patience_seconds):
-            raise OutputError(f"the output is stuck for {self.patience_seconds:g} s")
-        try:
-            is_same = False
-            with contextlib.suppress(OSError):
-                if log_file and self.log is not None:
-                    is_same = os.path.samestat(os.stat(log_file), os.fstat(self.log))
-            if not is_same:
-                log = open_log(log_file) if log_file else None
-                if self.log is not None:
-                    with contextlib.suppress(OSError):
-                        self.cut_log(self.log)
-                    os.close(self.log)
-                self.log, self.log_path, self.cut_to = log, log_file, None
-            self.patience_seconds = patience_seconds
-        finally:
-            self.log_lock.release()
+        is_same = False
+        with contextlib.suppress(OSError):
+            if log_file and self.log is not None:
+                is_same = os.path.samestat(os.stat(log_file), os.fstat(self.log))
+        if not is_same:
+            log = open_log(log_file) if log_file else None
+            if self.log is not None:
+                with contextlib.suppress(OSError):
+                    self.cut_log(self.log)
+                os.close(self.log)
+            self.log, self.log_path, self.cut_to = log, log_file, None
+        self.patience_seconds = patience_seconds
 
 
 _LOG_START = b'{"received_at": "'
@@ -1152,32 +1159,40 @@ def lines_from_end(path: str) -> Iterator[bytes]:
         yield b"".join(reversed(parts))
 
 
-def read_log(path: str, webhooks: Sequence[Webhook], now: float) -> list[tuple[Webhook, Keys]]:
-    """Return what the end of a log says that webhooks have accepted, oldest first.
+def load_memories(path: Optional[str], webhooks: Sequence[Webhook]) -> None:
+    """Fill the memories of webhooks with what the end of a log says that they have accepted.
 
     Reads back until each has its REMEMBERED_DELIVERIES, or only older ones than its replay window lets through.
+
+    Raises:
+        OutputError: the log cannot be read.
     """
     found: list[tuple[Webhook, Keys]] = []
     by_name = {quote(one.name).encode(): one for one in webhooks if one.type not in UNTOLD}
     since = {}  # the webhooks that still want more, and from when on (as in received_at)
     for name, webhook in by_name.items():
         window = webhook.replay_window_seconds
-        since[name] = format_utc(now - window - MAX_FUTURE_SECONDS).encode() if window else b""
-    lines, counts = lines_from_end(path), collections.Counter[bytes]()
-    next(lines, b"")  # what follows the last line feed
-    for line in lines:
-        match, moment = _LOG_LINE.fullmatch(line), line[17:41]
-        if line.startswith(_LOG_START) and moment < max(since.values(), default=b""):
-            since = {name: first for name, first in since.items() if moment >= first}
-        if match and match[1] in since:
-            with contextlib.suppress(ValueError):
-                found.append((by_name[match[1]], tuple(map(bytes.fromhex, match[2].decode().split(".")))))
-            counts[match[1]] += 1
-            if counts[match[1]] >= REMEMBERED_DELIVERIES:
-                del since[match[1]]
-        if not since:
-            break
-    return found[::-1]
+        since[name] = format_utc(time.time() - window - MAX_FUTURE_SECONDS).encode() if window else b""
+    counts = collections.Counter[bytes]()
+    try:
+        for line in lines_from_end(path) if path and since else ():
+            match, moment = _LOG_LINE.fullmatch(line), line[17:41]
+            if line.startswith(_LOG_START) and moment < max(since.values()):
+                since = {name: first for name, first in since.items() if moment >= first}
+            if match and match[1] in since:
+                with contextlib.suppress(ValueError):
+                    found.append((by_name[match[1]], tuple(map(bytes.fromhex, match[2].decode().split(".")))))
+                counts[match[1]] += 1
+                if counts[match[1]] >= REMEMBERED_DELIVERIES:
+                    del since[match[1]]
+            if not since:
+                break
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}") from None
+    for webhook, keys in reversed(found):
+        webhook.memory.settle(keys, kept=True)
+    if path and by_name:
+        LOG.add("INFO", f"{len(found)} deliveries remembered from {path}")
 
 
 # ---- Configuration ----------------------------------------------------------
@@ -1930,7 +1945,7 @@ class Handler(BaseHTTPRequestHandler):
         server, (status, error) = self.server, REFUSALS[refusal.reason]
         name = refusal.webhook if refusal.webhook or len(webhooks) != 1 else webhooks[0].name
         server.metrics.count(name, refusal.reason, len(request.body) if request else 0)
-        if server.rejections.admit():
+        if LOG.admits_rejection():
             is_forged = request and refusal.reason == "signature"
             hint = explain(request, webhooks, server.config.webhooks) if request and is_forged else ""
             peer, shown = server.peer_of(self.client_address, request), f" for {name!r}" if name else ""
@@ -1952,27 +1967,6 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(Refusal):  # its time is over
                 while (yield):
                     pass
-
-
-class RejectionLog:
-    """Lets so many lines a second through, and sums up the others. A class because it counts."""
-
-    def __init__(self) -> None:
-        self.second, self.lines = 0, 0
-
-    def admit(self) -> bool:
-        """Tell whether a rejection may have its line in the log."""
-        self.sum_up()
-        self.lines += 1
-        return self.lines <= REJECTION_LINES_PER_SECOND
-
-    def sum_up(self) -> None:
-        """Write the line for those of the last second that had none."""
-        second = int(time.monotonic())
-        if second != self.second:
-            if self.lines > REJECTION_LINES_PER_SECOND:
-                LOG.add("WARNING", f"{self.lines - REJECTION_LINES_PER_SECOND} more rejections within a second")
-            self.second, self.lines = second, 0
 
 
 class Metrics:
@@ -2036,11 +2030,12 @@ class Receiver(ThreadingHTTPServer):
         self.connections: set[Handler] = set()
         self.lingering: set[Handler] = set()
         self.waiting: list[tuple[Handler, Entry]] = []  # to be written
+        self.reload_wanted: Optional[Callable[[], None]] = None
         self.is_writing = self.is_accepting = self.stopping = False
         self.jobs: collections.deque[Optional[tuple[Job, Callable[[Any], None]]]] = collections.deque()
         self.has_jobs, self.running, self.threads = threading.Semaphore(0), 0, 0
         self.calls: collections.deque[Callable[[], None]] = collections.deque()
-        self.metrics, self.rejections, self.next_look = Metrics(), RejectionLog(), 0.0
+        self.metrics, self.next_look = Metrics(), 0.0
         self.metrics.add_webhooks([webhook.name for webhook in config.webhooks])
         self.has_own_code = has_own_code()
         self.old_tokens_named: dict[tuple[str, int], float] = {}
@@ -2106,7 +2101,7 @@ class Receiver(ThreadingHTTPServer):
         """Do what is due several times a second."""
         self.stopping = self.stopping or self.outputs.is_gone
         self.watch_listener(not self.stopping)
-        self.rejections.sum_up()
+        LOG.sum_up_rejections()
         late = [one for one in self.waiting if one[1].deadline <= now]
         self.waiting = [one for one in self.waiting if one[1].deadline > now]
         self.settle(late, f"stuck for {self.outputs.patience_seconds:g} s")
@@ -2141,6 +2136,9 @@ class Receiver(ThreadingHTTPServer):
     def write_waiting(self) -> None:
         """Have written what was accepted, and answered. Deliveries that are ready together share one write and one sync
         (group commit): while one batch goes to the disk, the next one gathers."""
+        if self.reload_wanted and not self.is_writing:
+            reload, self.reload_wanted = self.reload_wanted, None
+            reload()
         while self.waiting and not self.is_writing:
             batch, self.waiting, self.is_writing = self.waiting, [], True
             entries = [entry for _, entry in batch]
@@ -2227,7 +2225,7 @@ class Receiver(ThreadingHTTPServer):
             request, client_address = self.get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                if self.rejections.admit():
+                if LOG.admits_rejection():
                     LOG.add("ERROR", f"cannot accept a connection: {error.strerror}")
                 self.watch_listener(False)  # for a moment, or the loop would spin
             return False
@@ -2329,7 +2327,7 @@ class Receiver(ThreadingHTTPServer):
             LOG.add("INFO", f"webhook {webhook.name!r}: token {position + 1} of {len(webhook.tokens)} still matches")
 
     def reload(self, config: Config) -> None:
-        """Swap in a new configuration in the middle of traffic: memories and counters stay. Callable from any thread.
+        """Swap in a new configuration, in the middle of traffic but while nothing is written: memories and counters stay.
 
         Raises:
             OutputError: its log file cannot be opened; the old configuration stays whole.
@@ -2345,21 +2343,10 @@ class Receiver(ThreadingHTTPServer):
             webhooks.append(webhook._replace(memory=old.memory, former_tokens=tuple(former[:4]), provider=provider))
         self.outputs.reopen(config.log_file, config.request_timeout_seconds)
         same_log = config.log_file == self.config.log_file
-        fresh = [webhook for webhook in webhooks if not same_log or (webhook.name, webhook.type) not in before]
-        found = read_log(config.log_file, fresh, time.time()) if config.log_file and fresh else []
+        load_memories(config.log_file, [one for one in webhooks if not same_log or (one.name, one.type) not in before])
+        self.metrics.add_webhooks([webhook.name for webhook in webhooks])
         host, port = self.config.host, self.config.port
-        config, swapped = config._replace(host=host, port=port, webhooks=tuple(webhooks)), threading.Event()
-        self.call(functools.partial(self.swap, config, found, swapped))
-        swapped.wait(self.outputs.patience_seconds)
-
-    def swap(self, config: Config, found: Sequence[tuple[Webhook, Keys]], swapped: threading.Event) -> None:
-        """Use another configuration from now on, and remember what its log holds."""
-        for webhook, keys in found:
-            webhook.memory.settle(keys, kept=True)
-        self.metrics.add_webhooks([webhook.name for webhook in config.webhooks])
-        self.config = config
-        LOG.add("INFO", f"configuration reloaded: {', '.join(webhook.name for webhook in config.webhooks)}")
-        swapped.set()
+        self.config = config._replace(host=host, port=port, webhooks=tuple(webhooks))
 
 
 def has_own_code() -> bool:
@@ -2498,6 +2485,7 @@ def reload_config(receiver: Receiver, path: str) -> None:
         receiver.reload(config)
         for text in config.warnings:
             LOG.add("WARNING", text)
+        LOG.add("INFO", f"configuration reloaded: {', '.join(webhook.name for webhook in config.webhooks)}")
     except (ConfigError, OutputError) as error:
         for mistake in error.args:
             LOG.add("ERROR", f"{kept}: {mistake}")
@@ -2508,15 +2496,12 @@ def reload_config(receiver: Receiver, path: str) -> None:
 
 def serve(receiver: Receiver, path: str) -> int:
     """Serve until a signal says stop, or nobody reads stdout; finish what is in flight; return the exit code."""
-    outputs, one_at_a_time = receiver.outputs, threading.Lock()
-
-    def reload() -> None:
-        with one_at_a_time:
-            reload_config(receiver, path)
+    outputs = receiver.outputs
 
     def on_signal(number: int, frame: Any) -> None:
         if number not in STOP_SIGNALS:
-            receiver.call(lambda: receiver.run_aside(reload, lambda outcome: None))
+            receiver.reload_wanted = functools.partial(reload_config, receiver, path)
+            receiver.call(lambda: None)
         elif receiver.stopping:
             os._exit(0)
         else:
@@ -2702,14 +2687,7 @@ def start(config: Config, path: str, render: Render) -> int:
             processors = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
     outputs = Outputs(config.log_file, config.request_timeout_seconds)
-    if config.log_file:
-        try:
-            found = read_log(config.log_file, config.webhooks, time.time())
-        except OSError as error:
-            raise OutputError(f"{config.log_file}: {error.strerror}") from None
-        for webhook, keys in found:
-            webhook.memory.settle(keys, kept=True)
-        LOG.add("INFO", f"{len(found)} deliveries remembered from {config.log_file}")
+    load_memories(config.log_file, config.webhooks)
     try:
         receiver = Receiver(config, outputs, render, inherited_descriptor())
     except (OSError, UnicodeError) as error:
