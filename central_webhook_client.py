@@ -2285,8 +2285,10 @@ class Receiver(ThreadingHTTPServer):
             Refusal: it is not accepted, and nothing is lost: whoever gets no 200 may send again.
         """
         now = time.time()
-        check = functools.partial(check_webhooks, webhooks, request, now)
-        webhook, proof = (yield check) if any([one.provider for one in webhooks]) else check()  # authentic
+        if any([webhook.provider for webhook in webhooks]):
+            webhook, proof = yield functools.partial(check_webhooks, webhooks, request, now)
+        else:
+            webhook, proof = check_webhooks(webhooks, request, now)  # authentic
         memory = webhook.memory
         try:
             check_age(proof.sent, webhook.replay_window_seconds, now)  # recent
