@@ -1811,9 +1811,9 @@ class Handler(BaseHTTPRequestHandler):
                     self.deadline = time.monotonic() + server.config.request_timeout_seconds
                 is_first, self.is_busy = False, True
                 goes_on = yield from self.serve_request()
-                self.is_busy = False
                 if self.unsent:
                     yield self.send_rest
+                self.is_busy = False
         if self.lingers:
             yield from self.linger()
 
@@ -2042,7 +2042,7 @@ class Receiver(ThreadingHTTPServer):
         self.selector = selectors.DefaultSelector()
         self.waker, woken = socket.socketpair()
         self.waker.setblocking(False)
-        self.selector.register(woken, selectors.EVENT_READ, functools.partial(self.take_calls, woken))
+        self.selector.register(woken, selectors.EVENT_READ, functools.partial(woken.recv, RECEIVE_BYTES))
         host = "127.0.0.1" if config.host == "localhost" else config.host
         address: Any = (host, config.port)
         if inherited is None:
@@ -2089,6 +2089,8 @@ class Receiver(ThreadingHTTPServer):
         try:
             for key, _ in self.selector.select(poll_interval):
                 key.data()
+            while self.calls:
+                self.calls.popleft()()
             self.write_waiting()
             now = time.monotonic()
             if now >= self.next_look:
@@ -2101,6 +2103,7 @@ class Receiver(ThreadingHTTPServer):
         """Do what is due several times a second."""
         self.stopping = self.stopping or self.outputs.is_gone
         self.watch_listener(not self.stopping)
+        self.add_thread()
         LOG.sum_up_rejections()
         late = [one for one in self.waiting if one[1].deadline <= now]
         self.waiting = [one for one in self.waiting if one[1].deadline > now]
@@ -2162,12 +2165,16 @@ class Receiver(ThreadingHTTPServer):
     def run_aside(self, job: Job, then: Callable[[Any], None]) -> None:
         """Have another thread do a job; `then` gets what it returns or raises, back in this thread."""
         self.running += 1
-        if self.running > self.threads:
-            with contextlib.suppress(RuntimeError):  # no more threads: it waits until one has time
-                threading.Thread(target=self.do_jobs, daemon=True).start()
-                self.threads += 1
         self.jobs.append((job, then))
         self.has_jobs.release()
+        self.add_thread()
+
+    def add_thread(self) -> None:
+        """Start a thread where a job has none."""
+        if self.running > self.threads:
+            with contextlib.suppress(RuntimeError):  # no more threads now: `look_after` tries again
+                threading.Thread(target=self.do_jobs, daemon=True).start()
+                self.threads += 1
 
     def do_jobs(self) -> None:
         """Do jobs, in a thread of its own."""
@@ -2198,12 +2205,6 @@ class Receiver(ThreadingHTTPServer):
         self.calls.append(function)
         with contextlib.suppress(BlockingIOError):  # then it has been woken already
             self.waker.send(b"\0")
-
-    def take_calls(self, woken: socket.socket) -> None:
-        """Call what other threads have left."""
-        woken.recv(RECEIVE_BYTES)
-        while self.calls:
-            self.calls.popleft()()
 
     def watch_listener(self, wanted: bool) -> None:
         """Watch the listening socket for new connections, or not."""
@@ -2507,8 +2508,8 @@ def serve(receiver: Receiver, path: str) -> int:
         elif receiver.stopping:
             os._exit(0)
         else:
-            notify("STOPPING=1")
             receiver.shutdown()
+            receiver.call(lambda: notify("STOPPING=1"))
 
     for number in {*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGINT)}:
         signal.signal(number, on_signal)
