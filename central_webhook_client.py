@@ -2330,7 +2330,7 @@ class Receiver(ThreadingHTTPServer):
             LOG.add("INFO", f"webhook {webhook.name!r}: token {position + 1} of {len(webhook.tokens)} still matches")
 
     def reload(self, config: Config) -> None:
-        """Swap in a new configuration, in the middle of traffic but while nothing is written: memories and counters stay.
+        """Swap in a new configuration in the middle of traffic, but between two writes: memories and counters stay.
 
         Raises:
             OutputError: its log file cannot be opened; the old configuration stays whole.
