@@ -84,7 +84,7 @@ MAX_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which nobody us
 RECEIVE_BYTES = 64 * 1024  # one recv takes a whole usual request: headers and body
 KEEP_ALIVE_SECONDS = 75.0  # above nginx's 60, so that nginx closes first and never meets a closed connection
 LISTEN_QUEUE = 1024  # socketserver's 5 loses most of a burst of connections
-ACCEPTED_AT_ONCE = 64  # connections, before those that are open already have their turn
+ACCEPTED_AT_ONCE = 4  # connections, before they are answered: a proxy works on the first answers while we do on the next
 LINGER_SECONDS = 2.0  # a refused sender is read from this long, so that it can read the answer
 MAX_LINGERING = 200 if sys.platform == "win32" else 1024  # of those at once; select takes 512 sockets on Windows
 DRAIN_SECONDS = 10.0  # after SIGTERM: for requests in flight
