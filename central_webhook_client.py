@@ -81,10 +81,10 @@ MAX_REQUEST_LINE_BYTES = 8 * 1024  # nginx's own limit
 MAX_HEADER_BYTES = 64 * 1024  # all header fields of a request
 MAX_HEADER_FIELDS = 100
 MAX_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which nobody uses
-RECEIVE_BYTES = 64 * 1024  # one recv takes a whole usual request: headers and body
+RECEIVE_BYTES = 16 * 1024  # one recv takes a whole usual request: headers and body; then others have their turn
 KEEP_ALIVE_SECONDS = 75.0  # above nginx's 60, so that nginx closes first and never meets a closed connection
 LISTEN_QUEUE = 1024  # socketserver's 5 loses most of a burst of connections
-ACCEPTED_AT_ONCE = 4  # connections, before they are answered: a proxy works on the first answers while we do on the next
+ACCEPTED_AT_ONCE = 4  # connections, before they are answered: a proxy works on these answers while we do on others
 LINGER_SECONDS = 2.0  # a refused sender is read from this long, so that it can read the answer
 MAX_LINGERING = 200 if sys.platform == "win32" else 1024  # of those at once; select takes 512 sockets on Windows
 DRAIN_SECONDS = 10.0  # after SIGTERM: for requests in flight
@@ -834,6 +834,26 @@ def handle_alert(delivery: Delivery) -> None:
     """
 
 
+def has_own_code() -> bool:
+    """Tell whether `handle_alert` is no longer as it was: then it may take long."""
+
+    def as_it_was(delivery: Delivery) -> None:
+        """Do nothing."""
+
+    code = getattr(handle_alert, "__code__", None)
+    return not code or code.co_code != as_it_was.__code__.co_code
+
+
+def run_own_code(delivery: Delivery) -> str:
+    """Call `handle_alert`; return why it failed, "" if it did not."""
+    try:
+        handle_alert(delivery)
+    except BaseException as error:  # whatever it raises, SystemExit too, concerns this one delivery
+        LOG.add("DEBUG", "handle_alert has failed", error)
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 # ---- Output -----------------------------------------------------------------
 
 
@@ -863,7 +883,7 @@ class Log:
         if error and self.is_verbose:
             import traceback  # costs memory, and only a bug needs it
 
-            text += "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+            text += f": {escape_text(repr(error))}\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip()
         if len(self.lines) < 1000:
             self.lines.append(text)
             self.added.release()
@@ -886,7 +906,7 @@ class Log:
         """Write what was logged."""
         while self.added.acquire():
             with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads stderr: no reason to stop
-                print(self.lines[0], file=sys.stderr, flush=True)
+                print(self.lines[0], file=sys.stderr or open(os.devnull, "w"), flush=True)
             self.lines.popleft()
 
     def flush(self) -> None:
@@ -933,7 +953,8 @@ _COLOURS.update({"close": "32", "cleared": "32"})
 
 def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: int) -> str:
     """Render a delivery for a person: a header line, cut to `columns` (0: not), then the alert, indented."""
-    alert = delivery.payload if isinstance(delivery.payload, dict) else {}
+    payload = delivery.payload
+    alert = payload if isinstance(payload, dict) else {}
     sources = [alert, alert["details"]] if isinstance(alert.get("details"), dict) else [alert]
 
     def first(*names: str) -> str:
@@ -990,7 +1011,7 @@ class Outputs:
         self.started: Optional[float] = None  # monotonic seconds, while one is under way
         self.is_gone = False  # nobody reads stdout any more
         try:
-            can_block = not stat.S_ISREG(os.fstat(STDOUT).st_mode)
+            is_file = stat.S_ISREG(os.fstat(STDOUT).st_mode)
         except OSError as error:
             raise OutputError(f"stdout: {error.strerror}") from None
         self.stdout = STDOUT
@@ -998,15 +1019,17 @@ class Outputs:
             # "Ready" says little of a terminal. Opened anew it can be non-blocking, which the shell's own must not be.
             with contextlib.suppress(OSError):
                 self.stdout = os.open(os.ttyname(STDOUT), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-        self.poll = select.poll() if can_block and hasattr(select, "poll") else None
+        self.poll = select.poll() if not is_file and hasattr(select, "poll") else None
         if self.poll:
             self.poll.register(self.stdout, select.POLLOUT)
+        self.may_hang = not is_file and (not self.poll or os.isatty(STDOUT) and self.stdout == STDOUT)
         self.cut_to: Optional[int] = None
         self.log = open_log(log_file) if log_file else None
 
     def has_failed(self) -> bool:
         """Tell whether the last attempt has failed, or the present one takes too long."""
-        return bool(self.failing or self.started and time.monotonic() - self.started > self.patience_seconds)
+        started = self.started  # which a thread that writes may take away
+        return bool(self.failing or started and time.monotonic() - started > self.patience_seconds)
 
     def write(self, entries: Sequence[Entry], *, may_wait: bool) -> Optional[str]:
         """Write a batch to stdout, and then to the log, there on disk; return "", or why the log does not have it.
@@ -1014,12 +1037,12 @@ class Outputs:
         It succeeds or fails as a whole; stdout may have it all the same. None: it would have to wait, and must be
         called once more, with `may_wait`, before anything else.
         """
-        if self.started is None:
-            self.started = time.monotonic()
-            self.unwritten += b"".join([entry.shown for entry in entries])
         failure = ""
         try:
-            if self.log is not None and not may_wait:
+            if self.started is None:
+                self.started = time.monotonic()
+                self.unwritten += b"".join([entry.shown for entry in entries])
+            if not may_wait and (self.may_hang or self.log is not None):
                 return None
             self.write_stdout(entries[0].deadline if may_wait else 0)
             if self.log is not None:
@@ -1165,7 +1188,7 @@ def load_memories(path: Optional[str], webhooks: Sequence[Webhook]) -> None:
     Reads back until each has its REMEMBERED_DELIVERIES, or only older ones than its replay window lets through.
 
     Raises:
-        OutputError: the log cannot be read.
+        OutputError: the log is there and cannot be read.
     """
     found: list[tuple[Webhook, Keys]] = []
     by_name = {quote(one.name).encode(): one for one in webhooks if one.type not in UNTOLD}
@@ -1187,12 +1210,14 @@ def load_memories(path: Optional[str], webhooks: Sequence[Webhook]) -> None:
                     del since[match[1]]
             if not since:
                 break
+        if path and by_name:
+            LOG.add("INFO", f"{len(found)} deliveries remembered from {path}")
+    except FileNotFoundError:
+        pass  # it will be made
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}") from None
     for webhook, keys in reversed(found):
         webhook.memory.settle(keys, kept=True)
-    if path and by_name:
-        LOG.add("INFO", f"{len(found)} deliveries remembered from {path}")
 
 
 # ---- Configuration ----------------------------------------------------------
@@ -1647,7 +1672,8 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     repeated = []
     for line in lines:
         name, colon, value = line.partition(":")
-        name, value = parse_field_name(name if colon else ""), value.strip(" \t")
+        parse = parse_field_name if len(name) < 64 else parse_field_name.__wrapped__  # strangers fill no memory
+        name, value = parse(name if colon else ""), value.strip(" \t")
         if name in values:
             repeated.append(name)
             value = f"{values[name]}, {value}"
@@ -1751,7 +1777,7 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     server: Receiver
-    buffer = b""  # received, not consumed
+    buffer, start = b"", 0  # what was received and, from `start` on, not consumed
     unsent = b""  # replies that the sender has not taken yet
     wanted: Any = None  # what it waits for; None: bytes
     is_busy = is_watched = lingers = False
@@ -1795,16 +1821,17 @@ class Handler(BaseHTTPRequestHandler):
             overload = Refusal("overload", f"more than max_connections, {server.config.max_connections}")
             goes_on = self.refuse(overload, None, ())
         while goes_on:
-            if self.buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: an empty line before a request is passed over
-                self.buffer = self.buffer[2:]
-            elif self.buffer in (b"", b"\r"):
+            ahead = self.buffer[self.start : self.start + 2]
+            if ahead == b"\r\n":  # RFC 9112 section 2.2: an empty line before a request is passed over
+                self.start += 2
+            elif ahead in (b"", b"\r"):
                 try:
                     data = yield
                 except Refusal as refusal:
                     data = b""
                     if is_first:
                         self.refuse(refusal, None, ())
-                self.buffer += data
+                self.buffer, self.start = self.buffer[self.start :] + data, 0
                 goes_on = bool(data)
             else:
                 if not is_first:
@@ -1842,35 +1869,36 @@ class Handler(BaseHTTPRequestHandler):
         data = yield
         if not data:
             raise Refusal("malformed", "the connection ended within the request")
-        self.buffer += data
+        self.buffer, self.start = self.buffer[self.start :] + data, 0
 
     def read_head(self) -> Steps[Request]:
         """Read up to the empty line and parse it."""
         known = 0  # bytes that were looked through before: a sender may send them one by one
         while True:
-            end = self.buffer.find(b"\r\n\r\n", max(0, known - 3))
-            if not 0 <= end <= MAX_REQUEST_LINE_BYTES:  # the usual request is below all limits
-                size = end if end >= 0 else len(self.buffer)
-                line_end = self.buffer.find(b"\r\n")
-                line_end = line_end if line_end >= 0 else size - self.buffer.endswith(b"\r")
-                if line_end > MAX_REQUEST_LINE_BYTES:
+            start = self.start
+            end = self.buffer.find(b"\r\n\r\n", start + max(0, known - 3))
+            if not 0 <= end <= start + MAX_REQUEST_LINE_BYTES:  # the usual request is below all limits
+                head_end = end if end >= 0 else len(self.buffer)
+                line_end = self.buffer.find(b"\r\n", start)
+                line_end = line_end if line_end >= 0 else head_end - self.buffer.endswith(b"\r")
+                if line_end - start > MAX_REQUEST_LINE_BYTES:
                     raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
-                if size - line_end > MAX_HEADER_BYTES:
+                if head_end - line_end > MAX_HEADER_BYTES:
                     raise Refusal("headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes")
             if end >= 0:
-                head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
-                return parse_head(head)
-            if _BARE_LF.search(self.buffer, known):
+                self.start = end + 4
+                return parse_head(self.buffer[start : end + 2])
+            if _BARE_LF.search(self.buffer, start + known):
                 raise Refusal("malformed", "a line ends without CR")
-            known = len(self.buffer)
+            known = len(self.buffer) - start
             yield from self.receive_more()
 
     def read_bytes(self, length: int) -> Steps[bytes]:
         """Read `length` bytes."""
         parts = []
         while True:
-            parts.append(self.buffer[:length])
-            self.buffer = self.buffer[length:]
+            parts.append(self.buffer[self.start : self.start + length])
+            self.start += len(parts[-1])
             length -= len(parts[-1])
             if not length:
                 return b"".join(parts)
@@ -1879,11 +1907,11 @@ class Handler(BaseHTTPRequestHandler):
     def read_line(self, limit: int) -> Steps[bytes]:
         """Read a line of a chunked body, without its CRLF; at most `limit` bytes."""
         while True:
-            line, crlf, _ = self.buffer[: limit + 2].partition(b"\r\n")
-            if crlf:
-                self.buffer = self.buffer[len(line) + 2 :]
+            end = self.buffer.find(b"\r\n", self.start, self.start + limit + 2)
+            if end >= 0:
+                line, self.start = self.buffer[self.start : end], end + 2
                 return line
-            if len(self.buffer) >= limit + 2:
+            if len(self.buffer) - self.start >= limit + 2:
                 raise Refusal("malformed", f"a line of the chunked body is above {limit} bytes")
             yield from self.receive_more()
 
@@ -1935,7 +1963,8 @@ class Handler(BaseHTTPRequestHandler):
         if LOG.is_verbose:
             LOG.add("DEBUG", f"{status} to {self.server.peer_of(self.client_address, request)}: {body[:100].decode()}")
         head_only = request is not None and request.method == "HEAD"
-        self.send(encode_reply(int(time.time()), status, kind, body, head_only, *extra))
+        encode = encode_reply if kind == JSON else encode_reply.__wrapped__
+        self.send(encode(int(time.time()), status, kind, body, head_only, *extra))
         self.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
         self.lingers = close and (status != 200 or self.server.stopping)
         return not close
@@ -2065,6 +2094,7 @@ class Receiver(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         """Serve until `shutdown` is called, and then until what is in flight has been answered."""
+        self.watch_listener(True)
         while not self.stopping:
             self.serve_ready(poll_interval)
         deadline = time.monotonic() + DRAIN_SECONDS
@@ -2224,14 +2254,14 @@ class Receiver(ThreadingHTTPServer):
         """Accept a connection if there is one, and serve it at once: its request has often come with it."""
         try:
             request, client_address = self.get_request()
+            self.finish_request(request, client_address)
+            return True
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 if LOG.admits_rejection():
                     LOG.add("ERROR", f"cannot accept a connection: {error.strerror}")
                 self.watch_listener(False)  # for a moment, or the loop would spin
             return False
-        self.finish_request(request, client_address)
-        return True
 
     def watch(self, handler: Handler, wanted: bool) -> None:
         """Watch a connection for what arrives, or not."""
@@ -2306,14 +2336,12 @@ class Receiver(ThreadingHTTPServer):
         failure = "not written"
         try:
             delivery = make_delivery(webhook, request, proof, now)
-            if self.has_own_code:
-                yield functools.partial(handle_alert, delivery)
+            problem = (yield functools.partial(run_own_code, delivery)) if self.has_own_code else ""
+            if problem:
+                raise Refusal("handler", problem, webhook.name)
             line = render_json(delivery)
             shown = (self.render(delivery) if self.render else line + "}\n").encode()
             failure = yield Entry(line, delivery.key, shown, time.monotonic() + self.outputs.patience_seconds)  # kept
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
-            LOG.add("DEBUG", "not kept", error)
-            raise Refusal("handler", f"{type(error).__name__}: {error}", webhook.name) from None
         finally:
             memory.settle(proof.keys, kept=not failure)
         if failure:
@@ -2329,6 +2357,17 @@ class Receiver(ThreadingHTTPServer):
             self.old_tokens_named[webhook.name, position] = now
             LOG.add("INFO", f"webhook {webhook.name!r}: token {position + 1} of {len(webhook.tokens)} still matches")
 
+    def prepare_reload(self, path: str) -> Config:
+        """Return the configuration to go on with, its memories filled from its log where they are new; a job.
+
+        Raises:
+            ConfigError, OutputError: it is wrong, or its log cannot be read.
+        """
+        config, present = load_config(path), self.config
+        known = {(one.name, one.type) for one in present.webhooks if config.log_file == present.log_file}
+        load_memories(config.log_file, [one for one in config.webhooks if (one.name, one.type) not in known])
+        return config
+
     def reload(self, config: Config) -> None:
         """Swap in a new configuration in the middle of traffic, but between two writes: memories and counters stay.
 
@@ -2337,29 +2376,18 @@ class Receiver(ThreadingHTTPServer):
         """
         if (config.host, config.port) != (self.config.host, self.config.port):
             LOG.add("WARNING", "host and port change with a restart only")
+        self.outputs.reopen(config.log_file, config.request_timeout_seconds)
         before, webhooks = {(webhook.name, webhook.type): webhook for webhook in self.config.webhooks}, []
         for webhook in config.webhooks:
             old = before.get((webhook.name, webhook.type), webhook)
+            for keys in tuple(webhook.memory.order):
+                old.memory.settle(keys, kept=True)
             former = [token for token in old.tokens + old.former_tokens if token not in webhook.tokens]
             same = webhook.provider and old.provider and webhook.provider.oidc == old.provider.oidc
             provider = old.provider if same else webhook.provider
             webhooks.append(webhook._replace(memory=old.memory, former_tokens=tuple(former[:4]), provider=provider))
-        self.outputs.reopen(config.log_file, config.request_timeout_seconds)
-        same_log = config.log_file == self.config.log_file
-        load_memories(config.log_file, [one for one in webhooks if not same_log or (one.name, one.type) not in before])
         self.metrics.add_webhooks([webhook.name for webhook in webhooks])
-        host, port = self.config.host, self.config.port
-        self.config = config._replace(host=host, port=port, webhooks=tuple(webhooks))
-
-
-def has_own_code() -> bool:
-    """Tell whether `handle_alert` is no longer as it was: then it may take long."""
-
-    def as_it_was(delivery: Delivery) -> None:
-        """Do nothing."""
-
-    code = getattr(handle_alert, "__code__", None)
-    return not code or code.co_code != as_it_was.__code__.co_code
+        self.config = config._replace(host=self.config.host, port=self.config.port, webhooks=tuple(webhooks))
 
 
 # ---- The OIDC provider's keys -----------------------------------------------
@@ -2409,7 +2437,7 @@ class Provider:
             keys = parse_rsa_keys(fetch_json(url, PROVIDER_SECONDS / 2))
             self.issuer, self.keys, self.answered = issuer, keys, time.monotonic()
             LOG.add("INFO", f"{len(keys)} OIDC keys of {issuer}")
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
             self.failure = f"{self.oidc.well_known_url}: {error}"
             LOG.add("WARNING", f"no OIDC keys: {self.failure}")
 
@@ -2456,6 +2484,7 @@ def fetch_json(url: str, seconds: float) -> dict[str, Any]:
 # ---- Life: signals, systemd -------------------------------------------------
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = {*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGINT)}  # Windows has no SIGHUP
 
 
 def notify(*lines: str) -> None:
@@ -2464,6 +2493,7 @@ def notify(*lines: str) -> None:
     if address:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
+                messenger.setblocking(False)
                 messenger.sendto("\n".join(lines).encode(), "\0" + address[1:] if address[0] == "@" else address)
         except OSError as error:
             LOG.add("WARNING", f"NOTIFY_SOCKET: {error.strerror}")
@@ -2481,37 +2511,47 @@ def inherited_descriptor() -> Optional[int]:
 
 def reload_config(receiver: Receiver, path: str) -> None:
     """Do what SIGHUP asks for: the new configuration as a whole, or the old one and an error in the log."""
+
+    def swap(outcome: Any) -> None:
+        kept = f"configuration not reloaded, the old one stays: {path}"
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            receiver.reload(outcome)
+            for text in outcome.warnings:
+                LOG.add("WARNING", text)
+            LOG.add("INFO", f"configuration reloaded: {', '.join(one.name for one in outcome.webhooks)}")
+        except (ConfigError, OutputError) as error:
+            for mistake in error.args:
+                LOG.add("ERROR", f"{kept}: {mistake}")
+        except Exception as error:  # a bug of ours must not stop a receiver that works
+            LOG.add("ERROR", f"{kept}: {error!r}", error)
+        notify("READY=1")
+
+    def wait_for_writes(outcome: Any) -> None:
+        receiver.reload_wanted = functools.partial(swap, outcome)
+
+    if receiver.stopping:
+        return
     notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    kept = f"configuration not reloaded, the old one stays: {path}"
-    try:
-        config = load_config(path)
-        receiver.reload(config)
-        for text in config.warnings:
-            LOG.add("WARNING", text)
-        LOG.add("INFO", f"configuration reloaded: {', '.join(webhook.name for webhook in config.webhooks)}")
-    except (ConfigError, OutputError) as error:
-        for mistake in error.args:
-            LOG.add("ERROR", f"{kept}: {mistake}")
-    except Exception as error:  # a bug of ours must not stop a receiver that works
-        LOG.add("ERROR", f"{kept}: {error!r}", error)
-    notify("READY=1")
+    receiver.run_aside(functools.partial(receiver.prepare_reload, path), wait_for_writes)
 
 
 def serve(receiver: Receiver, path: str) -> int:
     """Serve until a signal says stop, or nobody reads stdout; finish what is in flight; return the exit code."""
-    outputs = receiver.outputs
+    outputs, stops = receiver.outputs, []
 
     def on_signal(number: int, frame: Any) -> None:
         if number not in STOP_SIGNALS:
-            receiver.reload_wanted = functools.partial(reload_config, receiver, path)
-            receiver.call(lambda: None)
-        elif receiver.stopping:
-            os._exit(0)
-        else:
-            receiver.shutdown()
-            receiver.call(lambda: notify("STOPPING=1"))
+            receiver.call(functools.partial(reload_config, receiver, path))
+            return
+        stops.append(number)
+        if len(stops) > 1:
+            os._exit(EX_CANNOT_SERVE if outputs.is_gone else 0)
+        receiver.shutdown()
+        receiver.call(lambda: notify("STOPPING=1"))
 
-    for number in {*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGINT)}:
+    for number in SIGNALS:
         signal.signal(number, on_signal)
     notify("READY=1")
     receiver.serve_forever()
@@ -2677,15 +2717,16 @@ def choose_render(form: str, names: Sequence[str]) -> Render:
 
 def start(config: Config, path: str, render: Render) -> int:
     """Open the outputs, rebuild the memories, bind, and serve until told to stop."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler)  # until it serves
+    for number in SIGNALS:  # until it serves
+        signal.signal(number, lambda number, frame: os._exit(0) if number in STOP_SIGNALS else None)
     if sys.platform != "win32":
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # connections above max_connections need descriptors too
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
-        # One thread at a time runs Python, and to hand the interpreter lock to another processor is slow: with a log
-        # file a fifth of the processor time, also beside a busy neighbour.
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    if config.log_file and has_lock and not has_own_code() and hasattr(os, "sched_setaffinity"):
+        # A second thread syncs the log, and to hand the interpreter lock to another processor costs a fifth of the
+        # processor time, also beside a busy neighbour.
         with contextlib.suppress(OSError):  # where that is not allowed, it is slower
             processors = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
