@@ -834,26 +834,6 @@ def handle_alert(delivery: Delivery) -> None:
     """
 
 
-def has_own_code() -> bool:
-    """Tell whether `handle_alert` is no longer as it was: then it may take long."""
-
-    def as_it_was(delivery: Delivery) -> None:
-        """Do nothing."""
-
-    code = getattr(handle_alert, "__code__", None)
-    return not code or code.co_code != as_it_was.__code__.co_code
-
-
-def run_own_code(delivery: Delivery) -> str:
-    """Call `handle_alert`; return why it failed, "" if it did not."""
-    try:
-        handle_alert(delivery)
-    except BaseException as error:  # whatever it raises, SystemExit too, concerns this one delivery
-        LOG.add("DEBUG", "handle_alert has failed", error)
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 # ---- Output -----------------------------------------------------------------
 
 
@@ -905,8 +885,7 @@ class Log:
     def write_lines(self) -> None:
         """Write what was logged."""
         while self.added.acquire():
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads stderr: no reason to stop
-                print(self.lines[0], file=sys.stderr or open(os.devnull, "w"), flush=True)
+            print_error(self.lines[0])
             self.lines.popleft()
 
     def flush(self) -> None:
@@ -914,6 +893,13 @@ class Log:
         deadline = time.monotonic() + 1
         while self.lines and time.monotonic() < deadline:
             time.sleep(0.005)
+
+
+def print_error(text: str) -> None:
+    """Print a line to stderr. That nobody reads it, or that it is closed, is no reason to stop."""
+    if sys.stderr:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
 
 
 LOG = Log()
@@ -1597,6 +1583,26 @@ def make_delivery(webhook: Webhook, request: Request, proof: Proof, now: float) 
     key = ".".join([part.hex() for part in proof.keys]) or None
     sent = proof.delivery_id, proof.sent_at
     return Delivery(now, webhook.name, webhook.type, *sent, request.body, text, key)
+
+
+def has_own_code() -> bool:
+    """Tell whether `handle_alert` is no longer as it was: then it may take long."""
+
+    def as_it_was(delivery: Delivery) -> None:
+        """Do nothing."""
+
+    code = getattr(handle_alert, "__code__", None)
+    return not code or code.co_code != as_it_was.__code__.co_code
+
+
+def run_own_code(delivery: Delivery) -> str:
+    """Call `handle_alert`; return why it failed, "" if it did not."""
+    try:
+        handle_alert(delivery)
+    except BaseException as error:  # whatever it raises, SystemExit too, concerns this one delivery
+        LOG.add("DEBUG", "handle_alert has failed", error)
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[Webhook]) -> str:
@@ -2648,7 +2654,7 @@ def run_demo(render: Render) -> int:
     receiver = Receiver(config, Outputs(None, config.request_timeout_seconds), render)
     threading.Thread(target=receiver.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{receiver.server_address[1]}/centralwebhook"
-    print(f"a receiver with a throw-away token listens on {url}", file=sys.stderr)
+    print_error(f"a receiver with a throw-away token listens on {url}")
     passed = True
     for number in range(1, 5):
         headers, body = sign_sample(config.webhooks[0], None, number, time.time())
@@ -2658,7 +2664,7 @@ def run_demo(render: Render) -> int:
             body = body.replace(b"Critical", b"Harmless")
         status, answer = post(url, headers, body)
         LOG.flush()
-        print(f"{kind}: {status} {answer}", file=sys.stderr)
+        print_error(f"{kind}: {status} {answer}")
         passed = passed and status == expected
     return 0 if passed else EX_CANNOT_SERVE
 
@@ -2674,7 +2680,7 @@ def check_config(config: Config) -> int:
 def fail(message: str, code: int) -> int:
     """Say in one line why the program ends, after what was logged before, and return its exit code."""
     LOG.flush()
-    print(f"{PROGRAM}: error: {escape_text(message)}", file=sys.stderr)
+    print_error(f"{PROGRAM}: error: {escape_text(message)}")
     return code
 
 
