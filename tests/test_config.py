@@ -9,14 +9,21 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import unittest
 from pathlib import Path
 
 import central_webhook_client as product
-from tests.support import PATH, PROGRAM, TOKEN, TOP, Receiver, config_of
+from tests.support import (
+    PATH,
+    TOKEN,
+    TOP,
+    Receiver,
+    central_headers,
+    config_of,
+    new_body,
+    run_at_once,
+)
 
 SECRET = "this-must-never-be-shown"
 NOTHING = object()  # as a value: leave the key out
@@ -58,12 +65,13 @@ class Called(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.folder)
         self.path = self.folder / "input_info.json"
 
-    def write(self, config, mode=0o600):
+    def write(self, config, mode=0o600, path=None):
+        path = path or self.path
         if isinstance(config, bytes):
-            self.path.write_bytes(config)
+            path.write_bytes(config)
         else:
-            self.path.write_text(config if isinstance(config, str) else json.dumps(config))
-        self.path.chmod(mode)
+            path.write_text(config if isinstance(config, str) else json.dumps(config))
+        path.chmod(mode)
 
     def assert_clean(self, stdout, stderr):
         for text in (stdout, stderr):
@@ -83,13 +91,20 @@ class Called(unittest.TestCase):
         self.assert_clean(stdout.getvalue(), stderr.getvalue())
         return code, stdout.getvalue(), stderr.getvalue()
 
-    def run_program(self, *arguments, **options):
-        """Return exit code, stdout and stderr of a process that ends by itself."""
-        done = subprocess.run(
-            [sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True, timeout=30, **options
-        )
-        self.assert_clean(done.stdout, done.stderr)
-        return done.returncode, done.stdout, done.stderr
+    def run_at_once(self, *runs):
+        """Return exit code, stdout and stderr of processes that end by themselves, for each list of arguments."""
+        results = run_at_once(*runs)
+        for _, stdout, stderr in results:
+            self.assert_clean(stdout, stderr)
+        return results
+
+    def run_with_each(self, *configs):
+        """Return path, exit code, stdout and stderr of a process for each of these configurations."""
+        paths = [self.folder / f"{number}.json" for number in range(len(configs))]
+        for path, config in zip(paths, configs):
+            self.write(config, path=path)
+        results = self.run_at_once(*([f"-i={path}"] for path in paths))
+        return [(path, *result) for path, result in zip(paths, results)]
 
     def check(self, config, mode=0o600):
         """Return exit code, stdout and stderr of --check-config."""
@@ -459,8 +474,8 @@ class Mistakes(Called):
             },
         }
         self.write(config)
-        for mode in ([], ["--check-config"]):
-            code, stdout, stderr = self.run_program(f"-i={self.path}", *mode)
+        file = f"-i={self.path}"
+        for code, stdout, stderr in self.run_at_once([file], [file, "--check-config"]):
             self.assertEqual((code, stdout), (78, ""))
             prefix = f"central_webhook_client.py: error: {self.path}: "
             lines = [line[len(prefix) :] for line in stderr.splitlines() if line.startswith(prefix)]
@@ -497,17 +512,13 @@ class Mistakes(Called):
                 self.assertIn(found, line)
 
     def test_the_mistake_of_a_process_is_one_line_and_exit_code_78(self):
-        for config, key in (
-            (web(port=True), "webclient_info.port"),
-            (hook(token=f"{SECRET} "), f"{HOOK}.token"),
-        ):
-            self.write(config)
-            code, stdout, stderr = self.run_program("-i", str(self.path))
-            self.assertEqual((code, stdout), (78, ""))
-            pattern = (
-                rf"\Acentral_webhook_client\.py: error: {re.escape(str(self.path))}: {re.escape(key)}: .+\n\Z"
-            )
-            self.assertRegex(stderr, pattern)
+        keys = ("webclient_info.port", f"{HOOK}.token")
+        results = self.run_with_each(web(port=True), hook(token=f"{SECRET} "))
+        for key, (path, code, stdout, stderr) in zip(keys, results):
+            with self.subTest(key):
+                self.assertEqual((code, stdout), (78, ""))
+                beginning = re.escape(f"central_webhook_client.py: error: {path}: {key}: ")
+                self.assertRegex(stderr, rf"\A{beginning}.+\n\Z")
 
 
 # ---- Tokens in files ----------------------------------------------------------------------
@@ -582,22 +593,6 @@ class TokenFiles(Called):
         lines = self.mistakes(hook(token_file="token"))
         self.assertEqual(len(lines), 1, lines)
 
-    def test_the_tokens_of_a_file_are_those_that_verify(self):
-        folder = Path(tempfile.mkdtemp(prefix="credentials-"))
-        self.addCleanup(shutil.rmtree, folder)
-        (folder / "central").write_text("token-new\ntoken-old\n")
-        (folder / "central").chmod(0o600)
-        config = config_of(webhook={"path": PATH, "token_file": "${CREDENTIALS_DIRECTORY}/central"})
-        with Receiver(config, environment={"CREDENTIALS_DIRECTORY": str(folder)}) as receiver:
-            for token, status in (
-                ("token-new", 200),
-                ("token-old", 200),
-                ("token-new\n", 401),
-                ("token", 401),
-            ):
-                with self.subTest(token):
-                    self.assertEqual(receiver.deliver(token=token).status, status)
-
 
 @unittest.skipUnless(os.name == "posix", "permissions are those of POSIX")
 class Permissions(Called):
@@ -632,42 +627,27 @@ class Permissions(Called):
 
 
 class Starts(Called):
-    def start(self, config, **options):
-        self.write(config)
-        return self.run_program(f"-i={self.path}", **options)
-
-    def assert_cannot_serve(self, config, *named):
-        code, stdout, stderr = self.start(config)
-        self.assertEqual((code, stdout), (1, ""), stderr)
-        self.assertRegex(stderr, r"\Acentral_webhook_client\.py: error: .+\n\Z")
-        for text in named:
-            self.assertIn(text, stderr)
+    def assert_cannot_serve(self, cases):
+        """Start a receiver for each name in `cases` with its configuration; each must end and say the name."""
+        for name, (_, code, stdout, stderr) in zip(cases, self.run_with_each(*cases.values())):
+            with self.subTest(name):
+                self.assertEqual((code, stdout), (1, ""), stderr)
+                self.assertRegex(stderr, r"\Acentral_webhook_client\.py: error: .+\n\Z")
+                self.assertIn(name, stderr)
 
     def test_a_port_that_is_taken(self):
         with socket.socket() as other:
             other.bind(("127.0.0.1", 0))
             other.listen()
             port = other.getsockname()[1]
-            self.assert_cannot_serve(config_of(port=port), str(port))
+            self.assert_cannot_serve({str(port): config_of(port=port)})
 
     def test_a_log_file_that_cannot_be_opened(self):
-        self.assert_cannot_serve(web(log_file="missing/alerts.log"), "alerts.log")
-        self.assertFalse((self.folder / "missing").exists())
         (self.folder / "directory").mkdir()
-        self.assert_cannot_serve(web(log_file="directory"), "directory")
-
-    def test_paths_are_relative_to_the_configuration_file_and_not_to_the_working_directory(self):
-        other = Path(tempfile.mkdtemp(prefix="elsewhere-"))
-        self.addCleanup(shutil.rmtree, other)
-        with Receiver(web(log_file="alerts.log"), cwd=other) as receiver:
-            self.assertEqual(receiver.deliver().status, 200)
-            self.assertTrue((receiver.folder / "alerts.log").read_text().endswith("\n"))
-        self.assertEqual(list(other.iterdir()), [])
-
-    def test_a_port_may_be_a_string_and_localhost_is_127_0_0_1(self):
-        with Receiver(web(port="0", host="localhost")) as receiver:
-            self.assertEqual(receiver.deliver().status, 200)
-            self.assertRegex(receiver.stderr_lines[0], r"127\.0\.0\.1")
+        self.assert_cannot_serve(
+            {"alerts.log": web(log_file="missing/alerts.log"), "directory": web(log_file="directory")}
+        )
+        self.assertFalse((self.folder / "missing").exists())
 
     def test_an_ipv6_address(self):
         try:
@@ -680,27 +660,72 @@ class Starts(Called):
                 connection.sendall(b"GET /health HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n")
                 self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 "))
 
-    def test_the_start_line_names_version_address_webhooks_and_outputs(self):
+
+class Started(Called):
+    """One receiver whose configuration is right and unusual: what can be seen of it from outside."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.working, credentials = (Path(tempfile.mkdtemp(prefix="elsewhere-")) for _ in range(2))
+        for folder in (cls.working, credentials):
+            cls.addClassCleanup(shutil.rmtree, folder)
+        (credentials / "central").write_text("token-new\ntoken-old\n")
+        (credentials / "central").chmod(0o600)
         webhooks = [
             {"name": "first", "path": "/first", "token": TOKEN},
             {"name": "second", "type": "ip-fabric", "token": TOKEN},
+            {"name": "third", "path": "/third", "token_file": "${CREDENTIALS_DIRECTORY}/central"},
         ]
-        with Receiver(config_of(webhook=webhooks, log_file="alerts.log")) as receiver:
-            lines = [line for line in receiver.stderr_lines if str(receiver.port) in line]
-            self.assertEqual(len(lines), 1)
-            _, version, _ = self.call("--version")
-            for text in (
-                version.split()[-1],
-                "127.0.0.1",
-                "first",
-                "second",
-                "ip-fabric",
-                "/first",
-                "stdout",
-                "alerts.log",
-            ):
-                with self.subTest(text):
-                    self.assertIn(text, lines[0])
+        cls.receiver = Receiver(
+            config_of(host="localhost", port="0", webhook=webhooks, log_file="alerts.log"),
+            environment={"CREDENTIALS_DIRECTORY": str(credentials)},
+            cwd=cls.working,
+        ).__enter__()
+        cls.addClassCleanup(cls.receiver.__exit__)
+
+    def status(self, path, token):
+        body = new_body()
+        return self.receiver.post(body, central_headers(body, token=token), path).status
+
+    def start_line(self):
+        """Return the one line that says where it listens."""
+        (line,) = [line for line in self.receiver.stderr_lines if str(self.receiver.port) in line]
+        return line
+
+    def test_the_start_line_names_version_address_webhooks_and_outputs(self):
+        line = self.start_line()
+        _, version, _ = self.call("--version")
+        for text in (
+            version.split()[-1],
+            "127.0.0.1",
+            "first",
+            "second",
+            "ip-fabric",
+            "/first",
+            "stdout",
+            "alerts.log",
+        ):
+            with self.subTest(text):
+                self.assertIn(text, line)
+
+    def test_a_port_may_be_a_string_and_localhost_is_127_0_0_1(self):
+        self.assertEqual(self.status("/first", TOKEN), 200)
+        self.assertRegex(self.start_line(), r"127\.0\.0\.1")
+
+    def test_paths_are_relative_to_the_configuration_file_and_not_to_the_working_directory(self):
+        self.assertEqual(self.status("/first", TOKEN), 200)
+        self.assertTrue((self.receiver.folder / "alerts.log").read_text().endswith("\n"))
+        self.assertEqual(list(self.working.iterdir()), [])
+
+    def test_the_tokens_of_a_file_are_those_that_verify(self):
+        for token, status in (
+            ("token-new", 200),
+            ("token-old", 200),
+            ("token-new\n", 401),
+            ("token", 401),
+        ):
+            with self.subTest(token):
+                self.assertEqual(self.status("/third", token), status)
 
 
 class CheckConfig(Called):
@@ -714,8 +739,8 @@ class CheckConfig(Called):
             {"name": "entrupy", "type": "entrupy", "token": SECRET},
         ]
         self.write(config_of(webhook=webhooks))
-        for option in ("--check-config", "-t"):
-            code, stdout, stderr = self.run_program("-i", str(self.path), option)
+        file = ("-i", self.path)
+        for code, stdout, stderr in self.run_at_once([*file, "--check-config"], [*file, "-t"]):
             self.assertEqual((code, stderr), (0, ""))
             lines = stdout.splitlines()
             self.assertEqual(len(lines), 5)
@@ -766,7 +791,7 @@ class Usage(Called):
                 self.assertIn("central_webhook_client.py: error: ", stderr.splitlines()[-1])
 
     def test_a_process_exits_with_2_as_well(self):
-        code, stdout, stderr = self.run_program()
+        ((code, stdout, stderr),) = self.run_at_once([])
         self.assertEqual((code, stdout), (2, ""))
         self.assertIn("central_webhook_client.py: error: ", stderr)
 

@@ -63,11 +63,11 @@ def chunks(body, size):
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
-SHARED = []  # one receiver for all classes that need nothing special
+SHARED = []  # one receiver, with room and time enough, for all classes that need nothing special
 
 
 def setUpModule():
-    SHARED.append(Receiver().__enter__())
+    SHARED.append(Receiver(config_of(max_connections=512, request_timeout_seconds=20)).__enter__())
     unittest.addModuleCleanup(lambda: SHARED.pop().__exit__())
 
 
@@ -387,7 +387,7 @@ class Statuses(Served):
 
     def test_nothing_of_what_was_refused_is_kept(self):
         deadline_poll(lambda: self.receiver.deliver(new_body(last="one")).status == 200)
-        deadline_poll(lambda: any('"last"' in line for line in self.receiver.stdout_lines))
+        deadline_poll(lambda: any('"last": "one"' in line for line in self.receiver.stdout_lines))
         before = len(self.receiver.stdout_lines)
         for raw in (
             with_lines(b"X-Header : value"),
@@ -434,6 +434,18 @@ class Pieces(Served):
                     time.sleep(0.005)
                     connection.send(raw[cut:])
                     self.assert_reply(connection.read(), 200)
+
+    def test_an_empty_line_before_a_request_may_come_in_two_parts(self):
+        with self.receiver.connect() as connection:
+            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.send(raw_request("GET", "/health", length=False))
+            self.assertEqual(connection.read().status, 200)
+            connection.send(b"\r")
+            with self.receiver.connect() as other:  # answered after the first part has arrived
+                other.send(raw_request("GET", "/health", length=False))
+                self.assertEqual(other.read().status, 200)
+            connection.send(b"\n" + raw_request("GET", "/health", length=False))
+            self.assertEqual(connection.read().status, 200)
 
     def test_pipelined_requests_are_answered_in_order(self):
         twice = good()
@@ -483,8 +495,6 @@ class Pieces(Served):
 
 
 class Bodies(Served):
-    config = config_of(request_timeout_seconds=20)
-
     def padded(self, size):
         body = new_body()
         return body[:-1] + b" " * (size - len(body)) + b"}"
@@ -631,15 +641,6 @@ class Bodies(Served):
             connection.send(raw)
             connection.socket.close()  # with a reset
         self.assert_status(good(), 200)
-
-    def test_a_smaller_limit_can_be_configured(self):
-        with Receiver(config_of(max_body_bytes=100)) as receiver:
-            for size, status in ((100, 200), (101, 413)):
-                body = b"x" * size
-                self.assertEqual(receiver.request(good(body)).status, status)
-                self.assertEqual(receiver.request(chunked(chunks(body + b"y", 30), body + b"y")).status, 413)
-                body = b"y" * size
-                self.assertEqual(receiver.request(chunked(chunks(body, 30), body)).status, status)
 
 
 # ---- Expect: 100-continue ----------------------------------------------------------------
@@ -828,31 +829,32 @@ class Limits(Served):
 
 
 class Crowd(Served):
-    config = config_of(max_connections=512)
-
     def test_three_hundred_connections_at_once_are_all_answered(self):
+        def crowd():
+            return [line for line in list(self.receiver.stdout_lines) if '"crowd"' in line]
+
         with contextlib.ExitStack() as stack:
             connections = [stack.enter_context(self.receiver.connect(30)) for _ in range(300)]
             for connection in connections:
-                connection.send(good())
+                connection.send(good(new_body(crowd=True)))
             for connection in connections:
                 self.assertEqual(connection.read().status, 200)
             for connection in connections[::10]:
-                connection.send(good())
+                connection.send(good(new_body(crowd=True)))
                 self.assertEqual(connection.read().status, 200)
-        self.receiver.wait_for_stdout(330)
-        numbers = {json.loads(line)["alert"]["number"] for line in self.receiver.stdout_lines}
-        self.assertEqual(len(numbers), 330)
+        deadline_poll(lambda: len(crowd()) >= 330)
+        numbers = {json.loads(line)["alert"]["number"] for line in crowd()}
+        self.assertEqual((len(crowd()), len(numbers)), (330, 330))
 
 
 class Timeouts(Served):
-    LIMIT = 0.5
+    LIMIT = 0.25  # seconds
     config = config_of(request_timeout_seconds=LIMIT)
 
     def timed_out(self, connection, begin):
         """Read the 408 that is due `LIMIT` after `begin`."""
         self.assert_reply(connection.read(), 408)
-        self.assertGreater(time.monotonic() - begin, self.LIMIT - 0.1)
+        self.assertGreater(time.monotonic() - begin, self.LIMIT * 0.8)
         self.assertLess(time.monotonic() - begin, self.LIMIT + 3)
         self.assertTrue(connection.is_closed())
 
@@ -908,7 +910,7 @@ class Timeouts(Served):
             for what, connection in opened:
                 with self.subTest(what):
                     self.assert_reply(connection.read(), 408)
-                    self.assertGreater(time.monotonic() - begin, self.LIMIT - 0.1)
+                    self.assertGreater(time.monotonic() - begin, self.LIMIT * 0.8)
                     self.assertLess(time.monotonic() - begin, self.LIMIT + 2)
             stop.set()
 
@@ -916,7 +918,7 @@ class Timeouts(Served):
         with self.receiver.connect() as connection:
             connection.send(good())
             self.assertEqual(connection.read().status, 200)
-            connection.socket.settimeout(self.LIMIT * 1.5)
+            connection.socket.settimeout(self.LIMIT * 2)
             with self.assertRaises(socket.timeout):
                 connection.socket.recv(1)
             connection.socket.settimeout(10)
@@ -1092,20 +1094,6 @@ class Webhooks(Served):
             self.assertEqual(answer.json, {"status": "ok"})
 
 
-class AnyPath(Served):
-    config = config_of(webhook={"token": TOKEN})
-
-    def test_a_webhook_without_a_path_takes_any_but_our_own(self):
-        for path in ("/", "/centralwebhook", "/a/b/c", "/healthz", "/x?y=z"):
-            with self.subTest(path):
-                self.assert_status(good(path=path), 200)
-                self.assert_status(raw_request("GET", path, length=False), 405)
-        for path in ("/health", "/metrics"):
-            with self.subTest(path):
-                self.assert_status(good(path=path), 405)
-                self.assertEqual(self.receiver.request(raw_request("GET", path, length=False)).status, 200)
-
-
 # ---- Recent and new --------------------------------------------------------------------------
 
 
@@ -1221,8 +1209,27 @@ class RecentAndNew(Served):
         self.assertEqual((found["sent_at"], found["delivery_id"]), (stamp, "as-sent"))
 
 
-class OfAnyAge(Served):
-    config = config_of(webhook={"token": TOKEN, "replay_window_hours": 0})
+# ---- Settings --------------------------------------------------------------------------------
+
+
+class Settings(Served):
+    config = config_of(
+        max_body_bytes=100,
+        webhook=[
+            {"name": "any path, any age", "token": TOKEN, "replay_window_hours": 0},
+            {"name": "half an hour", "path": "/half-an-hour", "token": "other", "replay_window_hours": 0.5},
+        ],
+    )
+
+    def test_a_webhook_without_a_path_takes_any_but_our_own(self):
+        for path in ("/", "/centralwebhook", "/a/b/c", "/healthz", "/x?y=z"):
+            with self.subTest(path):
+                self.assert_status(good(path=path), 200)
+                self.assert_status(raw_request("GET", path, length=False), 405)
+        for path in ("/health", "/metrics"):
+            with self.subTest(path):
+                self.assert_status(good(path=path), 405)
+                self.assertEqual(self.receiver.request(raw_request("GET", path, length=False)).status, 200)
 
     def test_with_a_window_of_0_the_time_is_not_looked_at(self):
         for stamp in (now_stamp(-(10**8)), now_stamp(10**8), "yesterday", "0", "2016-99-99T00:00:00Z"):
@@ -1232,16 +1239,21 @@ class OfAnyAge(Served):
                     raw_request(headers=central_headers(body, timestamp=stamp), body=body), 200
                 )
 
-
-class ShortWindow(Served):
-    config = config_of(webhook={"token": TOKEN, "replay_window_hours": 0.5})
-
     def test_the_window_can_be_configured(self):
         for minutes, status in ((-29, 200), (-31, 401), (14, 200), (16, 401)):
             body = new_body()
-            headers = central_headers(body, timestamp=now_stamp(minutes * 60))
+            headers = central_headers(body, "other", timestamp=now_stamp(minutes * 60))
             with self.subTest(minutes):
-                self.assertEqual(self.receiver.post(body, headers).status, status)
+                self.assertEqual(self.receiver.post(body, headers, "/half-an-hour").status, status)
+
+    def test_a_smaller_limit_can_be_configured(self):
+        for size, status in ((100, 200), (101, 413)):
+            body = b"x" * size
+            self.assertEqual(self.receiver.request(good(body)).status, status)
+            longer = body + b"y"
+            self.assertEqual(self.receiver.request(chunked(chunks(longer, 30), longer)).status, 413)
+            body = b"y" * size
+            self.assertEqual(self.receiver.request(chunked(chunks(body, 30), body)).status, status)
 
 
 if __name__ == "__main__":

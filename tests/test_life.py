@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from tests.support import (
     TOKEN,
     Connection,
     Receiver,
+    at_once,
     central_headers,
     config_of,
     deadline_poll,
@@ -128,7 +130,14 @@ class LifeCase(unittest.TestCase):
 
     def config(self, token=TOKEN, **webclient_info):
         webhook = {"name": "noc", "path": PATH, "token": token}
-        return config_of(webhook=webhook, log_file=str(self.log), **webclient_info)
+        return config_of(webhook=webhook, **{"log_file": str(self.log), **webclient_info})
+
+    @contextlib.contextmanager
+    def several(self, count):
+        """Start receivers with logs of their own, all at once; give them with their logs."""
+        made = [Receiver(self.config(log_file="alerts.jsonl")) for _ in range(count)]
+        with at_once(*made):
+            yield [(receiver, receiver.folder / "alerts.jsonl") for receiver in made]
 
     def logged_ids(self, *logs):
         """Return the delivery IDs in the logs; fail if a line is not whole."""
@@ -214,6 +223,8 @@ class Reload(LifeCase):
 
     def test_a_broken_configuration_keeps_the_old_one_whole_and_logs_the_error(self):
         changed = self.config(token=NEW_TOKEN)
+        hook = {"name": "a", "token": TOKEN}
+        nameless = [{"type": "x", "token": "t"}, {"type": "x", "token": "t"}, hook, hook]
         with Receiver(self.config()) as receiver:
             cases = [
                 ("no JSON", "{", "input_info.json"),
@@ -221,6 +232,7 @@ class Reload(LifeCase):
                 ("an unknown key", {**changed, "extra": 1}, "extra"),
                 ("a port out of range", config_of(port=65536), r"webclient_info\.port"),
                 ("no webhook", {**changed, "central_info": {"webhook": []}}, "webhook"),
+                ("nameless webhooks of no type", config_of(webhook=nameless), "not reloaded.*webhook"),
                 (
                     "a log file that cannot be opened",
                     {
@@ -306,39 +318,44 @@ class Stop(LifeCase):
     """SIGTERM and SIGINT."""
 
     def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with self.subTest(number.name), Receiver(self.config()) as receiver:
-                with receiver.connect() as kept:
-                    kept.send(HEALTH)
-                    self.assertEqual(kept.read().status, 200)
-                    slow, last_byte, delivery_id = self.begin_request(receiver)
-                    receiver.process.send_signal(number)
-                    self.assert_refuses_connections(receiver.port)
-                    kept.send(HEALTH)
-                    self.assertEqual(kept.read().status, 503)
-                self.assertIsNone(receiver.process.poll())
-                slow.send(last_byte)
-                answer = slow.read()
-                self.assertEqual((answer.status, answer.json), (200, {"status": "ok"}))
-                slow.socket.close()
-                self.assertEqual(receiver.process.wait(5), 0)
-                for thread in receiver._threads:
-                    thread.join(10)
-                self.assertEqual(json.loads(receiver.stdout_lines[-1])["delivery_id"], delivery_id)
-                self.assertEqual(self.logged_ids()[-1], delivery_id)
-                self.assertNotIn("Traceback", "".join(receiver.stderr_lines))
+        signals = (signal.SIGTERM, signal.SIGINT)
+        with self.several(len(signals)) as started:
+            for number, (receiver, log) in zip(signals, started):
+                with self.subTest(number.name):
+                    self.assert_finishes_what_is_in_flight(receiver, log, number)
+
+    def assert_finishes_what_is_in_flight(self, receiver, log, number):
+        with receiver.connect() as kept:
+            kept.send(HEALTH)
+            self.assertEqual(kept.read().status, 200)
+            slow, last_byte, delivery_id = self.begin_request(receiver)
+            receiver.process.send_signal(number)
+            self.assert_refuses_connections(receiver.port)
+            kept.send(HEALTH)
+            self.assertEqual(kept.read().status, 503)
+        self.assertIsNone(receiver.process.poll())
+        slow.send(last_byte)
+        answer = slow.read()
+        self.assertEqual((answer.status, answer.json), (200, {"status": "ok"}))
+        slow.socket.close()
+        self.assertEqual(receiver.wait(5), 0)
+        self.assertEqual(json.loads(receiver.stdout_lines[-1])["delivery_id"], delivery_id)
+        self.assertEqual(self.logged_ids(log)[-1], delivery_id)
+        self.assertNotIn("Traceback", "".join(receiver.stderr_lines))
 
     def test_a_second_signal_ends_it_at_once(self):
-        for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)):
-            with self.subTest(f"{first.name}, {second.name}"), Receiver(self.config()) as receiver:
-                slow, _, _ = self.begin_request(receiver)
-                receiver.process.send_signal(first)
-                self.assert_refuses_connections(receiver.port)
-                self.assertIsNone(receiver.process.poll())
-                receiver.process.send_signal(second)
-                self.assertEqual(receiver.process.wait(3), 0)
-                self.assertTrue(slow.is_closed())
-                self.assertNotIn("Traceback", "".join(receiver.stderr_lines))
+        signals = ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT))
+        with self.several(len(signals)) as started:
+            for (first, second), (receiver, _) in zip(signals, started):
+                with self.subTest(f"{first.name}, {second.name}"):
+                    slow, _, _ = self.begin_request(receiver)
+                    receiver.process.send_signal(first)
+                    self.assert_refuses_connections(receiver.port)
+                    self.assertIsNone(receiver.process.poll())
+                    receiver.process.send_signal(second)
+                    self.assertEqual(receiver.wait(3), 0)
+                    self.assertTrue(slow.is_closed())
+                    self.assertNotIn("Traceback", "".join(receiver.stderr_lines))
 
     def test_idle_connections_do_not_delay_a_stop(self):
         with Receiver(self.config()) as receiver:
@@ -353,18 +370,18 @@ class Stop(LifeCase):
                 self.assertTrue(connection.is_closed())
 
     def test_a_request_that_is_never_completed_holds_a_stop_no_longer_than_its_time(self):
-        with Receiver(self.config(request_timeout_seconds=0.5)) as receiver:
+        with Receiver(self.config(request_timeout_seconds=0.3)) as receiver:
             slow, _, _ = self.begin_request(receiver)
             receiver.process.send_signal(signal.SIGTERM)
             self.assertEqual(slow.read().status, 408)
             slow.socket.close()
-            self.assertEqual(receiver.process.wait(5), 0)
+            self.assertEqual(receiver.wait(5), 0)
 
     def test_a_stop_under_load_answers_all_that_it_keeps_and_keeps_all_that_it_answers(self):
-        for count in (1, 12):
-            with self.subTest(senders=count):
-                self.log.unlink() if self.log.exists() else None
-                with Receiver(self.config()) as receiver:
+        counts = (1, 12)
+        with self.several(len(counts)) as started:
+            for count, (receiver, log) in zip(counts, started):
+                with self.subTest(senders=count):
                     with Senders(receiver.port, count, repeat=False) as senders:
                         senders.wait_for_accepted(10 * count)
                         self.assertEqual(receiver.stop(), 0)
@@ -372,7 +389,7 @@ class Stop(LifeCase):
                     self.assertLessEqual(set(senders.statuses), {200, 503})
                     self.assertNotIn("timeout", senders.errors)
                     self.assertNotIn("TimeoutError", senders.errors)
-                    self.assertEqual(sorted(self.logged_ids()), sorted(senders.accepted))
+                    self.assertEqual(sorted(self.logged_ids(log)), sorted(senders.accepted))
                     shown = [json.loads(line)["delivery_id"] for line in receiver.stdout_lines]
                     self.assertEqual(sorted(shown), sorted(senders.accepted))
 
@@ -417,7 +434,7 @@ class Systemd(LifeCase):
             slow.send(last_byte)
             self.assertEqual(slow.read().status, 200)
             slow.socket.close()
-            self.assertEqual(receiver.process.wait(5), 0)
+            self.assertEqual(receiver.wait(5), 0)
 
     @unittest.skipUnless(sys.platform == "linux", "there are no abstract names here")
     def test_the_notify_socket_may_have_an_abstract_name(self):
@@ -436,7 +453,7 @@ class Systemd(LifeCase):
         script.write_text(PASS_SOCKET)
         script.chmod(0o700)
         environment = {"PYTHON": sys.executable, **environment}
-        return Receiver(self.config(port=0), python=str(script), environment=environment, stdin=listener)
+        return Receiver(self.config(port=0), python=[script], environment=environment, stdin=listener)
 
     def listener(self):
         found = socket.create_server(("127.0.0.1", 0), backlog=128)

@@ -13,8 +13,6 @@ import re
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import unittest
@@ -22,15 +20,16 @@ import unittest
 import central_webhook_client as product
 from tests.support import (
     PATH,
-    PROGRAM,
     TOKEN,
     Receiver,
+    at_once,
     central_headers,
     config_of,
     deadline_poll,
     new_body,
     now_stamp,
     raw_request,
+    run_at_once,
 )
 
 try:
@@ -442,41 +441,41 @@ class PrettyProcess(unittest.TestCase):
     @unittest.skipUnless(pty, "there are no pseudo-terminals here")
     def test_on_a_terminal_it_is_pretty_and_in_colour_unless_told_otherwise(self):
         usual = {"TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}
-        for what, arguments, environment, pretty, colour in (
+        cases = (
             ("auto", [], usual, True, True),
             ("NO_COLOR", [], {**usual, "NO_COLOR": "1"}, True, False),
             ("json", ["--format", "json"], usual, False, False),
-        ):
-            with self.subTest(what):
-                text = self.on_terminal(arguments, environment)
-                self.assertEqual("\x1b[" in text, colour)
-                plain = COLOUR.sub("", text).replace("\r\n", "\n")
-                self.assertNotRegex(plain, HARMFUL)
-                if pretty:
-                    header, _, rest = plain.partition("\n")
-                    self.assertIn("AP disconnected", header)
-                    self.assertEqual(
-                        json.loads(rest), {**ALERT, "hostile": "\x1b[2J\u202e", "end": "the end"}
-                    )
-                else:
-                    self.assertEqual(json.loads(plain)["alert"]["end"], "the end")
+        )
+        terminals, receivers = [], []
+        for _, arguments, environment, _, _ in cases:
+            terminals.append(pty.openpty())
+            for descriptor in terminals[-1]:
+                self.addCleanup(os.close, descriptor)
+            receivers.append(Receiver(config_of(), arguments, environment, stdout=terminals[-1][1]))
+        with at_once(*receivers):
+            for (what, _, _, pretty, colour), (master, _), receiver in zip(cases, terminals, receivers):
+                with self.subTest(what):
+                    text = self.on_terminal(receiver, master)
+                    self.assertEqual("\x1b[" in text, colour)
+                    plain = COLOUR.sub("", text).replace("\r\n", "\n")
+                    self.assertNotRegex(plain, HARMFUL)
+                    if pretty:
+                        header, _, rest = plain.partition("\n")
+                        self.assertIn("AP disconnected", header)
+                        self.assertEqual(
+                            json.loads(rest), {**ALERT, "hostile": "\x1b[2J\u202e", "end": "the end"}
+                        )
+                    else:
+                        self.assertEqual(json.loads(plain)["alert"]["end"], "the end")
 
-    def on_terminal(self, arguments, environment):
+    def on_terminal(self, receiver, master):
         """Deliver an alert to a receiver whose stdout is a terminal; return what was written there."""
         body = json.dumps({**ALERT, "hostile": "\x1b[2J\u202e", "end": "the end"}).encode()
-        master, slave = pty.openpty()
-        try:
-            with Receiver(config_of(), arguments, environment, stdout=slave) as receiver:
-                self.assertEqual(receiver.deliver(body).status, 200)
-                data, end = b"", time.monotonic() + 10
-                while (
-                    not re.search(rb'the end"\s+\}+\s*\n|the end"\}+\r?\n', data) and time.monotonic() < end
-                ):
-                    if select.select([master], [], [], 0.1)[0]:
-                        data += os.read(master, 65536)
-        finally:
-            os.close(slave)
-            os.close(master)
+        self.assertEqual(receiver.deliver(body).status, 200)
+        data, end = b"", time.monotonic() + 10
+        while not re.search(rb'the end"\s+\}+\s*\n|the end"\}+\r?\n', data) and time.monotonic() < end:
+            if select.select([master], [], [], 0.1)[0]:
+                data += os.read(master, 65536)
         return data.decode()
 
 
@@ -628,18 +627,13 @@ class Hints(LogTestCase):
 
     @classmethod
     def setUpClass(cls):
+        """Start a receiver for the tests that make few lines; the others have one each, and need not wait."""
         url = "https://central.example.com/new"
         cls.shared = Receiver(
             config_of(
                 webhook=[
                     {"name": "noc", "path": PATH, "token": TOKEN},
                     {"name": "new", "type": "new-central", "token": TOKEN, "public_url": url},
-                    {
-                        "name": "keyed",
-                        "path": "/keyed",
-                        "token": TOKEN,
-                        "api_key": {"header": "X-Key", "value": "right-key-1"},
-                    },
                 ]
             )
         ).__enter__()
@@ -722,7 +716,7 @@ class Hints(LogTestCase):
         self.rejected(self.shared, raw, "(?i)classic Central")
 
     def test_a_body_that_a_proxy_has_spelled_anew_is_named(self):
-        receiver = self.shared
+        receiver = self.receiver()
         payload = {"text": "body-marker", "n": [1, 2], "e": "\xe9"}
         compact = json.dumps(payload, separators=(",", ":"), ensure_ascii=False).encode()
         for body, sent in (
@@ -764,39 +758,33 @@ class Hints(LogTestCase):
         self.assertEqual(len(receiver.wait_for_stdout(before + 1)), before + 1)
 
     def test_a_wrong_api_key_is_not_logged(self):
+        api_key = {"header": "X-Key", "value": "right-key-1"}
+        receiver = self.receiver(
+            config_of(webhook={"name": "keyed", "path": "/keyed", "token": TOKEN, "api_key": api_key})
+        )
         body = self.body()
         for value in ("wrong-key-2", "", None):
             headers = {**central_headers(body), **({"X-Key": value} if value is not None else {})}
             raw = raw_request(path="/keyed", headers=headers, body=body)
-            line = self.rejected(self.shared, raw, "(?i)x-key")
+            line = self.rejected(receiver, raw, "(?i)x-key")
             self.assertNotIn("right-key-1", line)
             self.assertNotIn("wrong-key-2", line)
         for value in ("right-key-1", "Bearer right-key-1", "ApiKey right-key-1"):
             body = new_body()
             headers = {**central_headers(body), "X-Key": value}
-            self.assertEqual(self.shared.post(body, headers, "/keyed").status, 200)
-        self.assertFalse([line for line in self.shared.stderr_lines if "right-key-1" in line])
+            self.assertEqual(receiver.post(body, headers, "/keyed").status, 200)
+        self.assertFalse([line for line in receiver.stderr_lines if "right-key-1" in line])
 
 
 # ---- --demo and --send-sample -------------------------------------------------------------------
 
 
-def run_program(*arguments, environment=None):
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *map(str, arguments)],
-        capture_output=True,
-        timeout=30,
-        env={**os.environ, **(environment or {})},
-    )
-
-
 class Demo(unittest.TestCase):
     def test_it_shows_accepted_alerts_and_a_refused_one(self):
-        for arguments, pretty in (([], False), (["--format", "pretty"], True)):
-            with self.subTest(arguments):
-                done = run_program("--demo", *arguments)
-                self.assertEqual(done.returncode, 0, done.stderr)
-                stdout, stderr = done.stdout.decode(), done.stderr.decode()
+        runs = [["--demo"], ["--demo", "--format", "pretty"]]
+        for run, pretty, (code, stdout, stderr) in zip(runs, (False, True), run_at_once(*runs)):
+            with self.subTest(run):
+                self.assertEqual(code, 0, stderr)
                 self.assertNotIn("Traceback", stderr)
                 self.assertIn("200", stderr)
                 self.assertRegex(stderr, r"(?i)forged.*401")
@@ -902,19 +890,20 @@ class SendSample(unittest.TestCase):
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets it
             port = unused.getsockname()[1]
-            self.receiver.folder.joinpath("nobody.json").write_text(json.dumps(config_of(port)))
-            self.receiver.folder.joinpath("nobody.json").chmod(0o600)
-            done = run_program(f"-i={self.receiver.folder / 'nobody.json'}", "--send-sample")
-        self.assertEqual((done.returncode, done.stdout), (1, b""))
-        self.assertRegex(done.stderr.decode(), rf"\Acentral_webhook_client\.py: error: .*{port}.*\n\Z")
+            path = self.receiver.folder / "nobody.json"
+            path.write_text(json.dumps(config_of(port)))
+            path.chmod(0o600)
+            ((code, stdout, stderr),) = run_at_once([f"-i={path}", "--send-sample"])
+        self.assertEqual((code, stdout), (1, ""))
+        self.assertRegex(stderr, rf"\Acentral_webhook_client\.py: error: .*{port}.*\n\Z")
 
     def test_a_process_says_status_answer_and_time(self):
         path = self.receiver.folder / "one.json"
         path.write_text(json.dumps(config_of(self.receiver.port, self.WEBHOOKS[0])))
         path.chmod(0o600)
-        done = run_program("-i", path, "--send-sample")
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
-        self.assertRegex(done.stdout.decode(), r'\A.*200.*"status": "ok".*\d+.*\n\Z')
+        ((code, stdout, stderr),) = run_at_once(["-i", path, "--send-sample"])
+        self.assertEqual((code, stderr), (0, ""))
+        self.assertRegex(stdout, r'\A.*200.*"status": "ok".*\d+.*\n\Z')
 
     def test_an_answer_of_the_server_cannot_move_the_cursor(self):
         with socket.socket() as server:

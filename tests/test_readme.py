@@ -29,6 +29,7 @@ from .support import (
     deadline_poll,
     new_body,
     raw_request,
+    run_at_once,
 )
 
 README = TOP / "README.md"
@@ -171,6 +172,11 @@ class FirstScreenTest(unittest.TestCase):
 class ReferenceTest(unittest.TestCase):
     """The tables of README.md against the code."""
 
+    @classmethod
+    def setUpClass(cls):
+        cls.receiver = Receiver(config_of(log_file="central.jsonl")).__enter__()
+        cls.addClassCleanup(cls.receiver.__exit__)
+
     def test_every_key_is_in_the_table_of_the_configuration(self):
         places = {
             "TOP_KEYS": "",
@@ -212,8 +218,7 @@ class ReferenceTest(unittest.TestCase):
         self.assertEqual(sorted(expected), sorted((row[0], code_of(row[1])[0]) for row in rows))
 
     def test_every_metric_is_described(self):
-        with Receiver() as receiver:
-            text = receiver.request(raw_request("GET", "/metrics", length=False)).body.decode()
+        text = self.receiver.request(raw_request("GET", "/metrics", length=False)).body.decode()
         kinds = dict(re.findall(r"(?m)^# TYPE (\S+) (\S+)$", text))
         labels = {
             name: set(re.findall(r'(\w+)="', rest)) for name, rest in re.findall(r"(?m)^(\w+)(.*)$", text)
@@ -255,13 +260,11 @@ class ReferenceTest(unittest.TestCase):
         self.assertEqual(set(), used - options)
 
     def test_every_field_of_a_line_is_described(self):
-        with tempfile.TemporaryDirectory(prefix="readme-") as folder:
-            log = Path(folder, "central.jsonl")
-            with Receiver(config_of(log_file=str(log))) as receiver:
-                for body in (new_body(), b"no JSON", b"\xff"):
-                    self.assertEqual(200, receiver.deliver(body).status)
-                lines = [list(json.loads(line)) for line in log.read_text().splitlines()]
-                stdout = [list(json.loads(line)) for line in receiver.wait_for_stdout(3)]
+        for body in (new_body(), b"no JSON", b"\xff"):
+            self.assertEqual(200, self.receiver.deliver(body).status)
+        log = self.receiver.folder / "central.jsonl"
+        lines = [list(json.loads(line)) for line in log.read_text().splitlines()]
+        stdout = [list(json.loads(line)) for line in self.receiver.wait_for_stdout(3)]
         self.assertEqual(set().union(*lines), {code_of(row[0])[0] for row in table("field")})
         self.assertEqual({"key"}, set().union(*lines) - set().union(*stdout))
         (shown,) = [json.loads(code) for code in blocks("json", section("What it prints"))]
@@ -327,18 +330,17 @@ class ReferenceTest(unittest.TestCase):
 class ConfigurationTest(unittest.TestCase):
     """The example and the worked configurations are valid but for their placeholders."""
 
-    def check(self, text):
-        with tempfile.TemporaryDirectory(prefix="readme-") as folder:
-            path = Path(folder, "input_info.json")
-            path.write_text(text, encoding="utf-8")
-            path.chmod(0o600)
-            done = run_program(f"-i={path}", "--check-config")
-            return done.returncode, [line.partition(f"{path}: ")[2] for line in done.stderr.splitlines()]
-
     def test_the_example_lacks_nothing_but_the_token(self):
         text = EXAMPLE.read_text(encoding="utf-8")
-        self.assertEqual((78, [f"central_info.webhook.token: {PLACEHOLDER}"]), self.check(text))
-        self.assertEqual((0, []), self.check(re.sub("<.+>", TOKEN, text)))
+        with tempfile.TemporaryDirectory(prefix="readme-") as folder:
+            paths = [Path(folder, "example.json"), Path(folder, "completed.json")]
+            for path, found in zip(paths, (text, re.sub("<.+>", TOKEN, text))):
+                path.write_text(found, encoding="utf-8")
+                path.chmod(0o600)
+            example, completed = run_at_once(*([f"-i={path}", "--check-config"] for path in paths))
+        mistake = f"{paths[0]}: central_info.webhook.token: {PLACEHOLDER}\n"
+        self.assertEqual((78, mistake), (example[0], example[2].partition("error: ")[2]))
+        self.assertEqual((0, ""), (completed[0], completed[2]))
 
     def mistakes(self, text):
         """Return the mistakes that the code finds in a configuration."""

@@ -148,7 +148,7 @@ class Ends(unittest.TestCase):
                 receiver.process.send_signal(signal.SIGTERM)
                 unfinished.send(b"Host: localhost\r\nContent-Length: 0\r\n\r\n")
                 self.assertEqual(404, unfinished.read().status)
-            self.assertEqual(1, receiver.process.wait(10))
+            self.assertEqual(1, receiver.wait())
 
     def test_a_reload_after_a_stop_is_none(self):
         with Receiver(config_of(request_timeout_seconds=5)) as receiver:
@@ -160,7 +160,7 @@ class Ends(unittest.TestCase):
                 receiver.process.send_signal(signal.SIGHUP)
                 unfinished.send(b"Host: localhost\r\nContent-Length: 0\r\n\r\n")
                 self.assertEqual(404, unfinished.read().status)
-            self.assertEqual(0, receiver.process.wait(10))
+            self.assertEqual(0, receiver.wait())
         self.assertFalse([line for line in receiver.stderr_lines if "reloaded" in line])
 
 
