@@ -1787,7 +1787,6 @@ class Handler(BaseHTTPRequestHandler):
     unsent = b""  # replies that the sender has not taken yet
     wanted: Any = None  # what it waits for; None: bytes
     is_busy = is_watched = lingers = False
-    is_new = True  # what has come with the connection has not been served yet
 
     def setup(self) -> None:
         """Begin; no file objects around the socket."""
@@ -1797,11 +1796,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.connections.add(self)
 
     def handle(self) -> None:
-        """Serve what has come with the connection."""
+        """Begin to serve the connection."""
         self.server.go_on(self)
-        self.is_new = False
-        if self.wanted is None and self.request.fileno() >= 0:
-            self.receive()
 
     def finish(self) -> None:
         """Nothing is buffered, so nothing is flushed."""
@@ -2065,6 +2061,7 @@ class Receiver(ThreadingHTTPServer):
         self.connections: set[Handler] = set()
         self.lingering: set[Handler] = set()
         self.waiting: list[tuple[Handler, Entry]] = []  # to be written
+        self.unwatched: list[Handler] = []  # where more may have come
         self.reload_wanted: Optional[Callable[[], None]] = None
         self.is_writing = self.is_accepting = self.stopping = False
         self.jobs: collections.deque[Optional[tuple[Job, Callable[[Any], None]]]] = collections.deque()
@@ -2123,10 +2120,12 @@ class Receiver(ThreadingHTTPServer):
     def serve_ready(self, poll_interval: float) -> None:
         """Wait until connections are ready, serve what has arrived on them, and write what was accepted."""
         try:
-            for key, _ in self.selector.select(poll_interval):
+            self.receive_unwatched()
+            for key, _ in self.selector.select(0 if self.unwatched else poll_interval):
                 key.data()
             while self.calls:
                 self.calls.popleft()()
+            self.receive_unwatched()
             self.write_waiting()
             now = time.monotonic()
             if now >= self.next_look:
@@ -2134,6 +2133,13 @@ class Receiver(ThreadingHTTPServer):
                 self.look_after(now)
         except Exception as error:
             self.report_bug(error)
+
+    def receive_unwatched(self) -> None:
+        """Take what has arrived on connections that are not watched: often the request has come with the connection,
+        and its end with the answer. Where nothing has, it is watched from now on."""
+        unwatched, self.unwatched = self.unwatched, []
+        for handler in unwatched:
+            handler.receive()
 
     def look_after(self, now: float) -> None:
         """Do what is due several times a second."""
@@ -2162,8 +2168,8 @@ class Receiver(ThreadingHTTPServer):
                 self.waiting.append((handler, wanted))
             elif wanted:
                 self.run_aside(wanted, functools.partial(self.bring_outcome, handler))
-            elif not (handler.is_watched or handler.is_new):
-                self.watch(handler, True)
+            elif not handler.is_watched:
+                self.unwatched.append(handler)
 
     def report_bug(self, error: Exception) -> None:
         """Report a bug of ours in one line, with its place; --verbose adds the traceback."""
