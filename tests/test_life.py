@@ -357,25 +357,25 @@ class Stop(LifeCase):
                     self.assertTrue(slow.is_closed())
                     self.assertNotIn("Traceback", "".join(receiver.stderr_lines))
 
-    def test_idle_connections_do_not_delay_a_stop(self):
-        with Receiver(self.config()) as receiver:
-            connections = [receiver.connect() for _ in range(6)]
+    def test_a_stop_waits_neither_for_idle_connections_nor_for_more_than_the_time_of_a_request(self):
+        idle = Receiver(self.config(log_file="alerts.jsonl"))
+        begun = Receiver(self.config(log_file="alerts.jsonl", request_timeout_seconds=0.3))
+        with at_once(idle, begun):
+            connections = [idle.connect() for _ in range(6)]
             for connection in connections:
                 self.addCleanup(connection.socket.close)
             for connection in connections[:3]:  # half of them between two requests, half before the first
                 connection.send(HEALTH)
                 self.assertEqual(connection.read().status, 200)
-            self.assertEqual(receiver.stop(seconds=5), 0)
-            for connection in connections:
-                self.assertTrue(connection.is_closed())
-
-    def test_a_request_that_is_never_completed_holds_a_stop_no_longer_than_its_time(self):
-        with Receiver(self.config(request_timeout_seconds=0.3)) as receiver:
-            slow, _, _ = self.begin_request(receiver)
-            receiver.process.send_signal(signal.SIGTERM)
+            slow, _, _ = self.begin_request(begun)  # it is never completed
+            for receiver in (idle, begun):
+                receiver.process.send_signal(signal.SIGTERM)
             self.assertEqual(slow.read().status, 408)
             slow.socket.close()
-            self.assertEqual(receiver.wait(5), 0)
+            self.assertEqual(begun.wait(5), 0)
+            self.assertEqual(idle.wait(5), 0)
+            for connection in connections:
+                self.assertTrue(connection.is_closed())
 
     def test_a_stop_under_load_answers_all_that_it_keeps_and_keeps_all_that_it_answers(self):
         counts = (1, 12)
