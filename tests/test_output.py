@@ -492,8 +492,8 @@ class LogTestCase(unittest.TestCase):
         self.signatures = set()
         self.addCleanup(self.assert_clean)
 
-    def receiver(self, config=None):
-        receiver = Receiver(config or config_of()).__enter__()
+    def receiver(self):
+        receiver = Receiver().__enter__()
         self.addCleanup(receiver.__exit__)
         self.receivers.append(receiver)
         return receiver
@@ -627,21 +627,27 @@ class Hints(LogTestCase):
 
     @classmethod
     def setUpClass(cls):
-        """Start a receiver for the tests that make few lines; the others have one each, and need not wait."""
+        """Start two receivers, each for tests that make ten lines at most; the others have one each."""
         url = "https://central.example.com/new"
-        cls.shared = Receiver(
-            config_of(
-                webhook=[
-                    {"name": "noc", "path": PATH, "token": TOKEN},
-                    {"name": "new", "type": "new-central", "token": TOKEN, "public_url": url},
-                ]
-            )
-        ).__enter__()
-        cls.addClassCleanup(cls.shared.__exit__)
+        webhooks = [
+            {"name": "noc", "path": PATH, "token": TOKEN},
+            {"name": "new", "type": "new-central", "token": TOKEN, "public_url": url},
+            {
+                "name": "keyed",
+                "path": "/keyed",
+                "token": TOKEN,
+                "api_key": {"header": "X-Key", "value": "right-key-1"},
+            },
+        ]
+        cls.shared, cls.second = (Receiver(config_of(webhook=webhooks)) for _ in range(2))
+        for receiver in (cls.shared, cls.second):
+            cls.addClassCleanup(receiver.__exit__)
+        for receiver in (cls.shared, cls.second):
+            receiver.__enter__()
 
     def setUp(self):
         super().setUp()
-        self.receivers.append(self.shared)
+        self.receivers += [self.shared, self.second]
 
     def test_the_missing_header_is_named(self):
         receiver = self.receiver()
@@ -716,7 +722,7 @@ class Hints(LogTestCase):
         self.rejected(self.shared, raw, "(?i)classic Central")
 
     def test_a_body_that_a_proxy_has_spelled_anew_is_named(self):
-        receiver = self.receiver()
+        receiver = self.second
         payload = {"text": "body-marker", "n": [1, 2], "e": "\xe9"}
         compact = json.dumps(payload, separators=(",", ":"), ensure_ascii=False).encode()
         for body, sent in (
@@ -758,10 +764,7 @@ class Hints(LogTestCase):
         self.assertEqual(len(receiver.wait_for_stdout(before + 1)), before + 1)
 
     def test_a_wrong_api_key_is_not_logged(self):
-        api_key = {"header": "X-Key", "value": "right-key-1"}
-        receiver = self.receiver(
-            config_of(webhook={"name": "keyed", "path": "/keyed", "token": TOKEN, "api_key": api_key})
-        )
+        receiver = self.second
         body = self.body()
         for value in ("wrong-key-2", "", None):
             headers = {**central_headers(body), **({"X-Key": value} if value is not None else {})}
