@@ -1055,7 +1055,10 @@ class Webhooks(Served):
             {"name": "fabric", "path": "/shared", "type": "ip-fabric", "token": "token-3"},
             {"name": "alone", "path": "/alone", "token": "token-4"},
             {"name": "strange", "path": "/a/%2f!$&'()*+,;=:@~", "token": "token-5"},
-        ]
+            {"name": "half an hour", "path": "/half-an-hour", "token": "token-6", "replay_window_hours": 0.5},
+            {"name": "any path, any age", "token": TOKEN, "replay_window_hours": 0},
+        ],
+        max_body_bytes=100,
     )
 
     def named(self, body, headers, path):
@@ -1092,6 +1095,40 @@ class Webhooks(Served):
         for token, path in (("token-1", "/shared"), ("token-4", "/alone")):
             answer = self.receiver.post(body, central_headers(body, token=token, delivery_id="same"), path)
             self.assertEqual(answer.json, {"status": "ok"})
+
+    def test_a_webhook_without_a_path_takes_any_but_our_own(self):
+        for path in ("/", "/centralwebhook", "/a/b/c", "/healthz", "/x?y=z"):
+            with self.subTest(path):
+                self.assert_status(good(path=path), 200)
+                self.assert_status(raw_request("GET", path, length=False), 405)
+        for path in ("/health", "/metrics"):
+            with self.subTest(path):
+                self.assert_status(good(path=path), 405)
+                self.assertEqual(self.receiver.request(raw_request("GET", path, length=False)).status, 200)
+
+    def test_with_a_window_of_0_the_time_is_not_looked_at(self):
+        for stamp in (now_stamp(-(10**8)), now_stamp(10**8), "yesterday", "0", "2016-99-99T00:00:00Z"):
+            body = new_body()
+            with self.subTest(stamp):
+                self.assert_status(
+                    raw_request(headers=central_headers(body, timestamp=stamp), body=body), 200
+                )
+
+    def test_the_window_can_be_configured(self):
+        for minutes, status in ((-29, 200), (-31, 401), (14, 200), (16, 401)):
+            body = new_body()
+            headers = central_headers(body, "token-6", timestamp=now_stamp(minutes * 60))
+            with self.subTest(minutes):
+                self.assertEqual(self.receiver.post(body, headers, "/half-an-hour").status, status)
+
+    def test_a_smaller_limit_can_be_configured(self):
+        for size, status in ((100, 200), (101, 413)):
+            body = b"x" * size
+            self.assertEqual(self.receiver.request(good(body)).status, status)
+            longer = body + b"y"
+            self.assertEqual(self.receiver.request(chunked(chunks(longer, 30), longer)).status, 413)
+            body = b"y" * size
+            self.assertEqual(self.receiver.request(chunked(chunks(body, 30), body)).status, status)
 
 
 # ---- Recent and new --------------------------------------------------------------------------
@@ -1207,53 +1244,6 @@ class RecentAndNew(Served):
         lines = deadline_poll(lambda: [line for line in self.receiver.stdout_lines if body.decode() in line])
         found = json.loads(lines[0])
         self.assertEqual((found["sent_at"], found["delivery_id"]), (stamp, "as-sent"))
-
-
-# ---- Settings --------------------------------------------------------------------------------
-
-
-class Settings(Served):
-    config = config_of(
-        max_body_bytes=100,
-        webhook=[
-            {"name": "any path, any age", "token": TOKEN, "replay_window_hours": 0},
-            {"name": "half an hour", "path": "/half-an-hour", "token": "other", "replay_window_hours": 0.5},
-        ],
-    )
-
-    def test_a_webhook_without_a_path_takes_any_but_our_own(self):
-        for path in ("/", "/centralwebhook", "/a/b/c", "/healthz", "/x?y=z"):
-            with self.subTest(path):
-                self.assert_status(good(path=path), 200)
-                self.assert_status(raw_request("GET", path, length=False), 405)
-        for path in ("/health", "/metrics"):
-            with self.subTest(path):
-                self.assert_status(good(path=path), 405)
-                self.assertEqual(self.receiver.request(raw_request("GET", path, length=False)).status, 200)
-
-    def test_with_a_window_of_0_the_time_is_not_looked_at(self):
-        for stamp in (now_stamp(-(10**8)), now_stamp(10**8), "yesterday", "0", "2016-99-99T00:00:00Z"):
-            body = new_body()
-            with self.subTest(stamp):
-                self.assert_status(
-                    raw_request(headers=central_headers(body, timestamp=stamp), body=body), 200
-                )
-
-    def test_the_window_can_be_configured(self):
-        for minutes, status in ((-29, 200), (-31, 401), (14, 200), (16, 401)):
-            body = new_body()
-            headers = central_headers(body, "other", timestamp=now_stamp(minutes * 60))
-            with self.subTest(minutes):
-                self.assertEqual(self.receiver.post(body, headers, "/half-an-hour").status, status)
-
-    def test_a_smaller_limit_can_be_configured(self):
-        for size, status in ((100, 200), (101, 413)):
-            body = b"x" * size
-            self.assertEqual(self.receiver.request(good(body)).status, status)
-            longer = body + b"y"
-            self.assertEqual(self.receiver.request(chunked(chunks(longer, 30), longer)).status, 413)
-            body = b"y" * size
-            self.assertEqual(self.receiver.request(chunked(chunks(body, 30), body)).status, status)
 
 
 if __name__ == "__main__":
