@@ -2044,8 +2044,8 @@ class Receiver(ThreadingHTTPServer):
     """The server: one thread serves whichever connection is ready, since to hand a delivery to another thread costs
     more than the delivery; other threads do for it what may take long: disk, full pipe, code of your own, provider.
 
-    Always true: nothing here belongs to another thread than that of `serve_forever`, but for the queue of `jobs` and
-    the `calls` that other threads leave; a handler is in `connections`, or in `lingering`, until it is closed.
+    Always true: only the thread of `serve_forever` changes anything here, so nothing is locked; others take `jobs` and
+    leave `calls`. A handler is in `connections`, or in `lingering`, until it is closed.
     """
 
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
