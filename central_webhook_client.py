@@ -2736,9 +2736,9 @@ def start(config: Config, path: str, render: Render) -> int:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if config.log_file and has_lock and not has_own_code() and hasattr(os, "sched_setaffinity"):
-        # A second thread syncs the log, and to hand the interpreter lock to another processor costs a fifth of the
-        # processor time, also beside a busy neighbour.
+    if has_lock and not has_own_code() and hasattr(os, "sched_setaffinity"):
+        # One thread at a time runs Python, and to hand the interpreter lock to another processor is slow: with a log
+        # file a fifth of the processor time, also beside a busy neighbour. Without, it keeps out of its sender's way.
         with contextlib.suppress(OSError):  # where that is not allowed, it is slower
             processors = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
