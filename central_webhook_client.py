@@ -2120,12 +2120,13 @@ class Receiver(ThreadingHTTPServer):
     def serve_ready(self, poll_interval: float) -> None:
         """Wait until connections are ready, serve what has arrived on them, and write what was accepted."""
         try:
-            self.receive_unwatched()
             for key, _ in self.selector.select(0 if self.unwatched else poll_interval):
                 key.data()
             while self.calls:
                 self.calls.popleft()()
-            self.receive_unwatched()
+            unwatched, self.unwatched = self.unwatched, []
+            for handler in unwatched:  # a request has often come with its connection, and the end with the answer
+                handler.receive()
             self.write_waiting()
             now = time.monotonic()
             if now >= self.next_look:
@@ -2133,13 +2134,6 @@ class Receiver(ThreadingHTTPServer):
                 self.look_after(now)
         except Exception as error:
             self.report_bug(error)
-
-    def receive_unwatched(self) -> None:
-        """Take what has arrived on connections that are not watched: often the request has come with the connection,
-        and its end with the answer. Where nothing has, it is watched from now on."""
-        unwatched, self.unwatched = self.unwatched, []
-        for handler in unwatched:
-            handler.receive()
 
     def look_after(self, now: float) -> None:
         """Do what is due several times a second."""
