@@ -2536,6 +2536,8 @@ def reload_config(receiver: Receiver, path: str) -> None:
 
     def wait_for_writes(outcome: Any) -> None:
         receiver.reload_wanted = functools.partial(swap, outcome)
+        if receiver.is_writing and receiver.outputs.has_failed():
+            LOG.add("WARNING", f"the output is stuck, and the configuration is reloaded when it is no longer: {path}")
 
     if receiver.stopping:
         return

@@ -91,6 +91,28 @@ class OwnProgram(unittest.TestCase):
             self.assertEqual(2, (receiver.folder / "deliveries.log").read_bytes().count(b"\n"))
 
 
+    @unittest.skipUnless(hasattr(os, "fdatasync"), "needs fdatasync")
+    def test_a_reload_that_waits_for_a_hanging_disk_says_so_and_is_made_up_for(self):
+        lines = (
+            "import os, time\noriginal = os.fdatasync\ndef sync(log):\n"
+            "    while os.path.exists('hang'):\n        time.sleep(0.01)\n    original(log)\nos.fdatasync = sync"
+        )
+        with self.start(lines, log_file="deliveries.log", request_timeout_seconds=0.1) as receiver:
+            (receiver.folder / "hang").touch()
+            answers = []
+            sender = threading.Thread(target=lambda: answers.append(receiver.deliver().status))
+            sender.start()
+            deadline_poll(lambda: receiver.request(HEALTH).status == 503)
+            receiver.process.send_signal(signal.SIGHUP)
+            receiver.wait_for_log("WARNING the output is stuck, and the configuration is reloaded when")
+            self.assertEqual(503, receiver.request(HEALTH).status)
+            self.assertFalse([line for line in receiver.stderr_lines if "configuration reloaded" in line])
+            (receiver.folder / "hang").unlink()
+            receiver.wait_for_log("configuration reloaded")
+            sender.join(10)
+            self.assertEqual([200], answers)
+
+
 class Tokens(unittest.TestCase):
     def test_any_of_several_tokens_matches_after_any_other_and_is_named_by_its_place(self):
         tokens = ["first-token", "second-token", "third-token"]
