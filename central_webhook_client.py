@@ -36,7 +36,6 @@ import base64
 import binascii
 import collections
 import contextlib
-import copy
 import email.utils
 import errno
 import functools
@@ -59,7 +58,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from datetime import date, timezone
+from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Callable, Generator, Iterator, Mapping, NamedTuple, Optional, Sequence, TypeVar
 
@@ -226,6 +225,9 @@ class Request:
     ) -> None:  # fmt: skip
         self.method, self.path, self.query, self.version = method, path, query, version
         self.headers, self.repeated, self.body = headers, repeated, body
+
+
+UNREAD = Request("", "", None, "HTTP/1.1", {"connection": "close"}, frozenset())  # for one that could not be read
 
 
 class ApiKey(NamedTuple):
@@ -443,15 +445,21 @@ class PublicUrl(NamedTuple):
     path: str
 
 
-def parse_public_url(url: str) -> PublicUrl:
-    """Split an absolute http or https URL. Raises ValueError with what is wrong with it."""
+def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
+    """Split an absolute http or https URL; return its host as well. Raises ValueError with what is wrong with it."""
     parts = urllib.parse.urlsplit(url)
-    if not re.fullmatch(r"[\x21-\x7e]+", url) or parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("expected an http or https URL")
-    if "@" in parts.netloc or "#" in url:
-        raise ValueError("expected a URL without user and fragment")
+    return parts, parts.hostname  # which urlsplit has made lower case
+
+
+def parse_public_url(url: str) -> PublicUrl:
+    """Return the parts of a public URL. Raises ValueError with what is wrong with it."""
+    parts, hostname = split_url(url)
+    if not re.fullmatch(r"[\x21-\x7e]+", url) or "@" in parts.netloc or "#" in url:
+        raise ValueError("expected an http or https URL in ASCII without user and fragment")
     default_port = {"http": 80, "https": 443}[parts.scheme]
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname  # urlsplit has made it lower case
+    host = f"[{hostname}]" if ":" in hostname else hostname
     authority = host if parts.port in (None, default_port) else f"{host}:{parts.port}"
     return PublicUrl(url.partition("?")[0], parts.scheme, authority, parts.path or "/")
 
@@ -699,7 +707,7 @@ def check_claims(claims: dict[str, Any], oidc: Oidc, issuer: str, now: float) ->
 # ---- Recent and new ---------------------------------------------------------
 
 _ISO_8601 = re.compile(
-    r"([0-9]{4}-?[0-9]{2}-?[0-9]{2})[Tt ]([01][0-9]|2[0-3]):?([0-5][0-9]):?([0-5][0-9]|60)"  # 60: a leap second
+    r"([0-9]{4})-?([0-9]{2})-?([0-9]{2})[Tt ]([01][0-9]|2[0-3]):?([0-5][0-9]):?([0-5][0-9]|60)"  # 60: a leap second
     r"(?:[.,]([0-9]{1,20}))? ?(?:[Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9])?)?"
 )
 _EPOCH = re.compile(r"([0-9]{9,11}(?:\.[0-9]{1,9})?)|([0-9]{12,14})")
@@ -717,17 +725,13 @@ def parse_delivery_timestamp(text: str) -> Optional[float]:
         return float(epoch[1]) if epoch[1] else float(epoch[2]) / 1000
     if not match:
         return None
-    day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
-    digits = day.replace("-", "")
+    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
     try:
-        days = date(int(digits[:4]), int(digits[4:6]), int(digits[6:])).toordinal() - _EPOCH_DAY
+        moment = datetime(int(year), int(month), int(day), int(hour), int(minute), tzinfo=timezone.utc)
     except ValueError:
         return None
     offset = (int(hours) * 3600 + int(minutes) * 60) * (-1 if sign == "-" else 1)
-    return days * 86400 + int(hour) * 3600 + int(minute) * 60 + int(second) + float("0." + fraction) - offset
-
-
-_EPOCH_DAY = date(1970, 1, 1).toordinal()
+    return moment.timestamp() + int(second) + float("0." + fraction) - offset
 
 
 def parse_http_date(text: str) -> Optional[float]:
@@ -1273,11 +1277,10 @@ def is_loopback(host: str) -> bool:
 def is_provider_url(value: Any) -> bool:
     """Tell whether `value` is an https URL, or an http one of this machine."""
     try:
-        parts = urllib.parse.urlsplit(value if isinstance(value, str) else "")
-        host = parts.hostname or ""
+        parts, host = split_url(value if isinstance(value, str) else "")
     except ValueError:
         return False
-    return bool(host) and (parts.scheme == "https" or parts.scheme == "http" and is_loopback(host))
+    return parts.scheme == "https" or is_loopback(host)
 
 
 def is_present(value: Any) -> bool:
@@ -1605,17 +1608,19 @@ def run_own_code(delivery: Delivery) -> str:
     return ""
 
 
+def respell(body: bytes) -> Iterator[bytes]:
+    """Yield how a body may have been spelled before a proxy changed it: trimmed, or as other JSON writers do."""
+    yield from (body.strip(), body.strip() + b"\n")
+    with contextlib.suppress(ValueError, RecursionError):
+        payload = load_json(body.decode())[0]
+        for separators, only_ascii in itertools.product(((",", ":"), (", ", ": ")), (False, True)):
+            yield json.dumps(payload, separators=separators, ensure_ascii=only_ascii).encode(errors="replace")
+
+
 def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[Webhook]) -> str:
     """Return a hint why the signature of a request was not accepted, "" without one. It names no secret."""
     is_classic, is_new = CENTRAL.header in request.headers, "signature-input" in request.headers
-    is_small = len(request.body) < 1 << 16  # otherwise hints would cost too much
-    text, stripped = json_text(request.body) if is_small else None, request.body.strip()
-    respelled = [stripped, stripped + b"\n"] if is_small else []  # what a proxy may have received
-    with contextlib.suppress(ValueError):
-        payload = load_json(text or "{}")[0]
-        for separators, only_ascii in itertools.product(((",", ":"), (", ", ": ")), (False, True)):
-            spelling = json.dumps(payload, separators=separators, ensure_ascii=only_ascii)
-            respelled.append(spelling.encode(errors="replace"))
+    body, is_small = request.body, len(request.body) < 1 << 16  # otherwise hints would cost too much
     for webhook in webhooks:
         if is_new and not is_classic and webhook.type == "central":
             return 'looks like new Central, which needs "type": "new-central"'
@@ -1623,19 +1628,19 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
             return 'looks like classic Central, which needs "type": "central"'
         spaced = [token + end for token in webhook.tokens for end in ("\n", "\r\n", " ")]
         attempts = [
-            ("an older token would match, which a reload has removed", webhook.former_tokens, request.body),
-            ("the token with white space behind it would match: mend it at the sender", spaced, request.body),
-            *(("the body would match if spelled otherwise: a proxy changed it", webhook.tokens, b) for b in respelled),
-            *((f"the token of webhook {w.name!r} would match", w.tokens, request.body) for w in everywhere if is_small),
+            ("an older token would match, which a reload has removed", webhook.former_tokens, [body]),
+            ("the token with white space behind it would match: mend it at the sender", spaced, [body]),
+            ("the body would match if spelled otherwise: a proxy changed it", webhook.tokens, respell(body)),
+            *((f"the token of webhook {one.name!r} would match", one.tokens, [body]) for one in everywhere),
         ]
-        for hint, tokens, body in attempts:
-            with contextlib.suppress(SignatureError):
-                changed = copy.copy(request)
-                changed.body = body
-                check_signature(webhook._replace(tokens=tuple(tokens)), changed, time.time())
-                return hint
+        for hint, tokens, bodies in attempts if is_small else attempts[:2]:
+            for spelling in bodies:
+                with contextlib.suppress(SignatureError):
+                    changed = Request(**{**vars(request), "body": spelling})
+                    check_signature(webhook._replace(tokens=tuple(tokens)), changed, time.time())
+                    return hint
         with contextlib.suppress(SignatureError):
-            verify_signature(request.body, request.headers, webhook.tokens, CENTRAL._replace(signed_headers=()))
+            verify_signature(body, request.headers, webhook.tokens, CENTRAL._replace(signed_headers=()))
             return "the body alone would match: a proxy dropped the X-Central headers, or the sender leaves them out"
         if is_classic and not all(request.headers.get(name) for name in CENTRAL.signed_headers):
             return "does a proxy drop these headers?"
@@ -1645,19 +1650,11 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
 # ---- HTTP: strict parsing of a request --------------------------------------
 
 _REQUEST_LINE = re.compile(rf"{_TOKEN} [!-~]+ HTTP/[0-9]\.[0-9]".encode())
+_FIELD = re.compile(rf"^({_TOKEN}):[ \t]*([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
-_FIELD_BYTES = bytes({9, *range(0x20, 0x7F), *range(0x80, 0x100)})
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?")
 _CHUNK_EXTENSION = rf'[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
 _CHUNK_LINE = re.compile(f"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*".encode())  # RFC 9112 section 7.1
-
-
-@functools.lru_cache(maxsize=512)
-def parse_field_name(name: str) -> str:
-    """Return the name of a header field in lower case. Raises Refusal if it is none."""
-    if not _HEADER_NAME.fullmatch(name):
-        raise Refusal("malformed", "the name of a header field is malformed")
-    return name.lower()
 
 
 def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
@@ -1666,20 +1663,18 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     Raises:
         Refusal: malformed, headers_too_large.
     """
-    lines = fields.decode("latin-1").split("\r\n")
-    lines.pop()
+    text = fields.decode("latin-1")
+    found = _FIELD.findall(text)
     # Security: nothing but text and whole line ends. Bare CR or LF, NUL, folded lines and white space before the colon
     # are read differently by different programs: that is how requests are smuggled past a proxy.
-    if fields.translate(None, _FIELD_BYTES) != b"\r\n" * len(lines):
-        raise Refusal("malformed", "a header field has control characters or a line without CRLF")
-    if len(lines) > MAX_HEADER_FIELDS:
+    if len(found) != text.count("\n"):
+        raise Refusal("malformed", "a header field is malformed: its name, a control character, or a line without CRLF")
+    if len(found) > MAX_HEADER_FIELDS:
         raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
     values: dict[str, str] = {}
     repeated = []
-    for line in lines:
-        name, colon, value = line.partition(":")
-        parse = parse_field_name if len(name) < 64 else parse_field_name.__wrapped__  # strangers fill no memory
-        name, value = parse(name if colon else ""), value.strip(" \t")
+    for name, value in found:
+        name, value = name.lower(), value.rstrip(" \t")
         if name in values:
             repeated.append(name)
             value = f"{values[name]}, {value}"
@@ -1751,7 +1746,7 @@ def parse_framing(request: Request, max_body_bytes: int) -> Optional[int]:
 
 
 @functools.lru_cache(maxsize=16)
-def encode_reply(second: int, status: int, kind: str, body: bytes, head_only: bool, *extra: str) -> bytes:
+def encode_reply(second: int, status: int, kind: str, body: bytes, head_only: bool, close: bool, *extra: str) -> bytes:
     """Return a whole reply, so that one send sends it: small writes cost 40 ms each with Nagle's algorithm.
 
     `second` is the Date, in epoch seconds: within one, the replies are mostly the same.
@@ -1761,6 +1756,7 @@ def encode_reply(second: int, status: int, kind: str, body: bytes, head_only: bo
         f"Date: {email.utils.formatdate(second, usegmt=True)}",
         f"Content-Type: {kind}",
         f"Content-Length: {len(body)}",
+        f"Connection: {'close' if close else 'keep-alive'}",
         *extra,
     ]
     return "\r\n".join([*lines, "", ""]).encode() + (b"" if head_only else body)
@@ -1788,19 +1784,14 @@ class Handler(BaseHTTPRequestHandler):
     wanted: Any = None  # what it waits for; None: bytes
     is_busy = is_watched = lingers = False
 
-    def setup(self) -> None:
-        """Begin; no file objects around the socket."""
-        self.request.setblocking(False)
-        self.deadline = time.monotonic() + self.server.config.request_timeout_seconds
+    def __init__(self, request: socket.socket, client_address: Any, server: Receiver) -> None:
+        """Begin to serve the connection, instead of serving it to its end as BaseRequestHandler does."""
+        self.request, self.client_address, self.server = request, client_address, server
+        request.setblocking(False)
+        self.deadline = time.monotonic() + server.config.request_timeout_seconds
         self.steps = self.converse()
-        self.server.connections.add(self)
-
-    def handle(self) -> None:
-        """Begin to serve the connection."""
-        self.server.go_on(self)
-
-    def finish(self) -> None:
-        """Nothing is buffered, so nothing is flushed."""
+        server.connections.add(self)
+        server.go_on(self)
 
     def receive(self) -> None:
         """Take what has arrived, and go on."""
@@ -1821,7 +1812,7 @@ class Handler(BaseHTTPRequestHandler):
         server, is_first, goes_on = self.server, True, True
         if len(server.connections) > server.config.max_connections:
             overload = Refusal("overload", f"more than max_connections, {server.config.max_connections}")
-            goes_on = self.refuse(overload, None, ())
+            goes_on = self.refuse(overload)
         while goes_on:
             ahead = self.buffer[self.start : self.start + 2]
             if ahead == b"\r\n":  # RFC 9112 section 2.2: an empty line before a request is passed over
@@ -1832,7 +1823,7 @@ class Handler(BaseHTTPRequestHandler):
                 except Refusal as refusal:
                     data = b""
                     if is_first:
-                        self.refuse(refusal, None, ())
+                        self.refuse(refusal)
                 self.buffer, self.start = self.buffer[self.start :] + data, 0
                 goes_on = bool(data)
             else:
@@ -1848,15 +1839,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve_request(self) -> Steps[bool]:
         """Read one request and answer it; return whether another may follow."""
-        server = self.server
-        request: Optional[Request] = None
+        server, request = self.server, UNREAD
         webhooks: Sequence[Webhook] = ()
         try:
             request = yield from self.read_head()
             length = parse_framing(request, server.config.max_body_bytes)
             webhooks = server.route(request)
-            expects = "expect" in request.headers and request.headers["expect"].lower() == "100-continue"
-            if expects and request.version == "HTTP/1.1" and length != 0:
+            expects = request.version == "HTTP/1.1" and request.headers.get("expect", "").lower() == "100-continue"
+            if expects and length != 0:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.body = yield from self.read_chunked() if length is None else self.read_bytes(length)
             if not webhooks:
@@ -1954,38 +1944,32 @@ class Handler(BaseHTTPRequestHandler):
         self.request.setblocking(False)
         self.unsent = b""
 
-    def reply(self, request: Optional[Request], status: int, body: bytes, kind: str = JSON, *extra: str) -> bool:
-        """Send a reply; return whether another request may follow. `request` is None where it could not be parsed."""
-        options = request.headers.get("connection", "").lower() if request else "close"
+    def reply(self, request: Request, status: int, body: bytes, kind: str = JSON, *extra: str) -> bool:
+        """Send a reply; return whether another request may follow."""
+        options = request.headers.get("connection", "").lower()
         close = "close" in options or self.server.stopping or status >= 400 and status != 401
-        if request and request.version == "HTTP/1.0":
-            close = close or "keep-alive" not in options
-            extra += () if close else ("Connection: keep-alive",)
-        extra += ("Connection: close",) if close else ()
+        close = close or request.version == "HTTP/1.0" and "keep-alive" not in options
         if LOG.is_verbose:
             LOG.add("DEBUG", f"{status} to {self.server.peer_of(self.client_address, request)}: {body[:100].decode()}")
-        head_only = request is not None and request.method == "HEAD"
         encode = encode_reply if kind == JSON else encode_reply.__wrapped__
-        self.send(encode(int(time.time()), status, kind, body, head_only, *extra))
+        self.send(encode(int(time.time()), status, kind, body, request.method == "HEAD", close, *extra))
         self.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
         self.lingers = close and (status != 200 or self.server.stopping)
         return not close
 
-    def refuse(self, refusal: Refusal, request: Optional[Request], webhooks: Sequence[Webhook]) -> bool:
+    def refuse(self, refusal: Refusal, request: Request = UNREAD, webhooks: Sequence[Webhook] = ()) -> bool:
         """Log, count and answer a refusal; return whether the connection goes on, which it does after a 401."""
         server, (status, error) = self.server, REFUSALS[refusal.reason]
-        name = refusal.webhook if refusal.webhook or len(webhooks) != 1 else webhooks[0].name
-        server.metrics.count(name, refusal.reason, len(request.body) if request else 0)
+        name = refusal.webhook or (webhooks[0].name if len(webhooks) == 1 else "")
+        server.metrics.count(name, refusal.reason, len(request.body))
         if LOG.admits_rejection():
-            is_forged = request and refusal.reason == "signature"
-            hint = explain(request, webhooks, server.config.webhooks) if request and is_forged else ""
+            hint = explain(request, webhooks, server.config.webhooks) if refusal.reason == "signature" else ""
             peer, shown = server.peer_of(self.client_address, request), f" for {name!r}" if name else ""
-            why = f"{refusal.reason}: {refusal}{hint and f' ({hint})'}"
-            LOG.add("WARNING", f"{status} to {peer}{shown}: {why}")
+            LOG.add("WARNING", f"{status} to {peer}{shown}: {refusal.reason}: {refusal}{hint and f' ({hint})'}")
         scheme = "Bearer" if any(webhook.provider for webhook in webhooks) else "HMAC-SHA256"
-        allow = "GET, HEAD" if request and request.path in OWN_PATHS else "POST"
-        extra = {401: f"WWW-Authenticate: {scheme}", 405: f"Allow: {allow}", 503: "Retry-After: 1"}.get(status)
-        return self.reply(request, status, json.dumps({"error": error}).encode(), JSON, *([extra] if extra else []))
+        allow = "GET, HEAD" if request.path in OWN_PATHS else "POST"
+        extra = {401: [f"WWW-Authenticate: {scheme}"], 405: [f"Allow: {allow}"], 503: ["Retry-After: 1"]}
+        return self.reply(request, status, json.dumps({"error": error}).encode(), JSON, *extra.get(status, ()))
 
     def linger(self) -> Steps[None]:
         """Read and drop what still comes, for a while, and no longer count: to close with unread data is to reset the
@@ -2102,9 +2086,7 @@ class Receiver(ThreadingHTTPServer):
             self.serve_ready(poll_interval)
         deadline = time.monotonic() + DRAIN_SECONDS
         self.watch_listener(False)
-        for _ in range(LISTEN_QUEUE):  # they have been told that they are connected
-            if not self.accept_connection():
-                break
+        self.accept_connections(LISTEN_QUEUE)  # they have been told that they are connected
         self.server_close()
         now = quiet = time.monotonic()  # a proxy may be sending on a connection kept alive at this moment
         while (self.connections or self.lingering) and now < min(deadline, quiet + DRAIN_QUIET_SECONDS):
@@ -2143,15 +2125,18 @@ class Receiver(ThreadingHTTPServer):
         LOG.sum_up_rejections()
         late = [one for one in self.waiting if one[1].deadline <= now]
         self.waiting = [one for one in self.waiting if one[1].deadline > now]
-        self.settle(late, f"stuck for {self.outputs.patience_seconds:g} s")
+        for handler, _ in late:
+            self.go_on(handler, f"stuck for {self.outputs.patience_seconds:g} s")
         for handler in [*self.connections, *self.lingering]:
             if handler.deadline <= now and handler.wanted is None:
-                self.go_on(handler, error=Refusal("timeout", "the request was not complete in time"))
+                self.go_on(handler, Refusal("timeout", "the request was not complete in time"))
 
-    def go_on(self, handler: Handler, value: Any = None, error: Optional[BaseException] = None) -> None:
-        """Bring a connection what it waited for, and let it go on until it has to wait again, or ends."""
+    def go_on(self, handler: Handler, outcome: Any = None) -> None:
+        """Bring a connection what it waited for, or raise it there, and let it go on until it has to wait or ends."""
+        steps = handler.steps
         try:
-            wanted = handler.wanted = handler.steps.throw(error) if error else handler.steps.send(value)
+            wanted = steps.throw(outcome) if isinstance(outcome, BaseException) else steps.send(outcome)
+            handler.wanted = wanted
         except (StopIteration, OSError):  # OSError: the sender is gone, nobody to tell
             self.close_connection(handler)
         except Exception as bug:
@@ -2161,7 +2146,7 @@ class Receiver(ThreadingHTTPServer):
             if type(wanted) is Entry:
                 self.waiting.append((handler, wanted))
             elif wanted:
-                self.run_aside(wanted, functools.partial(self.bring_outcome, handler))
+                self.run_aside(wanted, functools.partial(self.go_on, handler))
             elif not handler.is_watched:
                 self.unwatched.append(handler)
 
@@ -2189,12 +2174,8 @@ class Receiver(ThreadingHTTPServer):
                 self.run_aside(job, functools.partial(self.end_writing, batch))
 
     def end_writing(self, batch: Sequence[tuple[Handler, Entry]], failure: str) -> None:
-        """Let those go on whose deliveries have been written."""
+        """Let those go on whose deliveries have been written (`failure` is ""), or have not."""
         self.is_writing = False
-        self.settle(batch, failure)
-
-    def settle(self, batch: Sequence[tuple[Handler, Entry]], failure: str) -> None:
-        """Let those go on whose deliveries have been kept (`failure` is ""), or have not."""
         for handler, _ in batch:
             self.go_on(handler, failure)
 
@@ -2231,11 +2212,6 @@ class Receiver(ThreadingHTTPServer):
             self.has_jobs.release()
         then(outcome)
 
-    def bring_outcome(self, handler: Handler, outcome: Any) -> None:
-        """Let a connection go on with what a job has returned or raised."""
-        is_error = isinstance(outcome, BaseException)
-        self.go_on(handler, None if is_error else outcome, outcome if is_error else None)
-
     def call(self, function: Callable[[], None]) -> None:
         """Have a function called by the thread of `serve_forever`. Callable from any thread, and by a signal."""
         self.calls.append(function)
@@ -2250,24 +2226,18 @@ class Receiver(ThreadingHTTPServer):
             self.selector.unregister(self.socket)
         self.is_accepting = wanted
 
-    def accept_connections(self) -> None:
-        """Accept connections, a few at once: those that are open have their turn in between."""
-        for _ in range(ACCEPTED_AT_ONCE):
-            if not self.accept_connection():
-                break
-
-    def accept_connection(self) -> bool:
-        """Accept a connection if there is one, and serve it at once: its request has often come with it."""
+    def accept_connections(self, most: int = ACCEPTED_AT_ONCE) -> None:
+        """Accept and begin to serve connections, a few at once: those that are open have their turn in between."""
         try:
-            request, client_address = self.get_request()
-            self.finish_request(request, client_address)
-            return True
+            for _ in range(most):
+                self.finish_request(*self.get_request())
+        except BlockingIOError:
+            pass  # no more are there
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 if LOG.admits_rejection():
                     LOG.add("ERROR", f"cannot accept a connection: {error.strerror}")
                 self.watch_listener(False)  # for a moment, or the loop would spin
-            return False
 
     def watch(self, handler: Handler, wanted: bool) -> None:
         """Watch a connection for what arrives, or not."""
@@ -2288,10 +2258,10 @@ class Receiver(ThreadingHTTPServer):
         """Return how many requests are in hand."""
         return sum(handler.is_busy for handler in self.connections)
 
-    def peer_of(self, client_address: Any, request: Optional[Request]) -> str:
+    def peer_of(self, client_address: Any, request: Request) -> str:
         """Return who sent a request: behind a proxy on this machine, the last address in X-Forwarded-For."""
         peer = str(client_address[0]) if client_address else "localhost"
-        if request and is_loopback(peer):
+        if is_loopback(peer):
             with contextlib.suppress(ValueError):
                 forwarded = request.headers.get("x-forwarded-for", "").rpartition(",")[2].partition("%")[0].strip()
                 return str(ipaddress.ip_address(forwarded))
@@ -2450,12 +2420,10 @@ class Provider:
 
 def connect_to(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
     """Make a connection to a URL, not yet open, and return it with the target to ask for. Raises ValueError."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("expected an http or https URL")
+    parts, host = split_url(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return kind(parts.hostname, parts.port, timeout=seconds), target
+    return kind(host, parts.port, timeout=seconds), target
 
 
 def fetch_json(url: str, seconds: float) -> dict[str, Any]:
@@ -2575,27 +2543,28 @@ def serve(receiver: Receiver, path: str) -> int:
 
 # ---- Command line -----------------------------------------------------------
 
-SAMPLES: dict[str, dict[str, Any]] = {  # shaped like what the vendors document; times are added when sent
+SAMPLES = """{
     "central": {
         "id": "AWsample0001", "nid": 4, "alert_type": "AP disconnected", "state": "Open", "severity": "Critical",
         "setting_id": "sample-customer-4", "description": "AP sample-ap-1 disconnected", "device_id": "CNSAMPLE01",
         "details": {"hostname": "sample-ap-1", "serial": "CNSAMPLE01", "site": "Sample site"},
-        "operation": "create", "text": "This is a sample, sent with --send-sample", "webhook": "sample",
+        "operation": "create", "text": "This is a sample, sent with --send-sample", "webhook": "sample"
     },
     "new-central": {
         "id": "sample-event", "alertId": "sample-alert", "name": "AP Down", "category": "Availability",
         "deviceType": "ACCESS_POINT", "severity": "Critical", "operation": "Add", "state": "Active", "siteId": "1",
-        "summary": "This is a sample, sent with --send-sample",
+        "summary": "This is a sample, sent with --send-sample"
     },
-    "ip-fabric": {"type": "snapshot", "action": "discover", "status": "completed", "requester": "sample", "test": True},
+    "ip-fabric": {"type": "snapshot", "action": "discover", "status": "completed", "requester": "sample", "test": true},
     "bracken": {"event": "Module_Complete", "username": "sample-user"},
-    "entrupy": {"event": "session.completed", "id": "sample"},
-}  # fmt: skip
+    "entrupy": {"event": "session.completed", "id": "sample"}
+}"""  # shaped like what the vendors document; times are added when sent
 
 
 def sign_sample(webhook: Webhook, query: Optional[str], number: int, now: float) -> tuple[dict[str, str], bytes]:
     """Return the headers and the body of a sample alert, signed with the first token as the sender would."""
-    payload = {**SAMPLES.get(webhook.type, {}), "timestamp": int(now), "time": format_utc(now), "sample": number}
+    times = {"timestamp": int(now), "time": format_utc(now)}
+    payload = {**json.loads(SAMPLES)[webhook.type], **times, "sample": number}
     headers = {"content-type": JSON, "date": email.utils.formatdate(now, usegmt=True)}
     if webhook.api_key:
         (payload if webhook.api_key.place == "field" else headers)[webhook.api_key.name] = webhook.api_key.values[0]

@@ -488,7 +488,7 @@ class Pieces(Served):
                 connection.send(good())
                 answer = connection.read()
                 self.assertEqual((answer.status, answer.json), (200, {"status": "ok"}))
-                self.assertNotIn("connection", answer.headers)
+                self.assertEqual("keep-alive", answer.headers["connection"])
 
 
 # ---- Bodies --------------------------------------------------------------------------------
