@@ -60,7 +60,7 @@ import time
 import urllib.parse
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Generator, Iterator, Mapping, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence, TypeVar
 
 if sys.platform != "win32":
     import fcntl
@@ -288,6 +288,11 @@ def json_text(body: bytes) -> Optional[str]:
         return None
 
 
+def repeated(values: Iterable[str]) -> list[str]:
+    """Return the values that are there more than once, sorted."""
+    return sorted(value for value, count in collections.Counter(values).items() if count > 1)
+
+
 def load_json(text: str) -> tuple[Any, list[str]]:
     """Return the value of a JSON text, and the keys that an object in it has twice. Raises ValueError if it is none."""
     twice: list[str] = []
@@ -295,8 +300,7 @@ def load_json(text: str) -> tuple[Any, list[str]]:
     def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice.extend(name for name in value if names.count(name) > 1)
+            twice.extend(repeated(name for name, _ in pairs))
         return value
 
     def to_integer(digits: str) -> Any:  # of numbers so long that Python refuses to make an int of them, a float
@@ -804,6 +808,12 @@ class Memory:
             if len(self.order) > REMEMBERED_DELIVERIES:
                 self.seen.difference_update(self.order.popleft())
 
+    def recall(self, keys: Keys) -> None:
+        """Remember a delivery that was kept before all others that are known."""
+        if self.seen.isdisjoint(keys):
+            self.seen.update(keys)
+            self.order.appendleft(keys)
+
 
 # ---- Your own code: the function to edit ------------------------------------
 
@@ -1180,34 +1190,31 @@ def load_memories(path: Optional[str], webhooks: Sequence[Webhook]) -> None:
     Raises:
         OutputError: the log is there and cannot be read.
     """
-    found: list[tuple[Webhook, Keys]] = []
     by_name = {quote(one.name).encode(): one for one in webhooks if one.type not in UNTOLD}
     since = {}  # the webhooks that still want more, and from when on (as in received_at)
     for name, webhook in by_name.items():
         window = webhook.replay_window_seconds
         since[name] = format_utc(time.time() - window - MAX_FUTURE_SECONDS).encode() if window else b""
-    counts = collections.Counter[bytes]()
     try:
         for line in lines_from_end(path) if path and since else ():
             match, moment = _LOG_LINE.fullmatch(line), line[17:41]
             if line.startswith(_LOG_START) and moment < max(since.values()):
                 since = {name: first for name, first in since.items() if moment >= first}
             if match and match[1] in since:
+                memory = by_name[match[1]].memory
                 with contextlib.suppress(ValueError):
-                    found.append((by_name[match[1]], tuple(map(bytes.fromhex, match[2].decode().split(".")))))
-                counts[match[1]] += 1
-                if counts[match[1]] >= REMEMBERED_DELIVERIES:
+                    memory.recall(tuple(map(bytes.fromhex, match[2].decode().split("."))))
+                if len(memory.order) >= REMEMBERED_DELIVERIES:
                     del since[match[1]]
             if not since:
                 break
         if path and by_name:
-            LOG.add("INFO", f"{len(found)} deliveries remembered from {path}")
+            count = sum(len(webhook.memory.order) for webhook in by_name.values())
+            LOG.add("INFO", f"{count} deliveries remembered from {path}")
     except FileNotFoundError:
         pass  # it will be made
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}") from None
-    for webhook, keys in reversed(found):
-        webhook.memory.settle(keys, kept=True)
 
 
 # ---- Configuration ----------------------------------------------------------
@@ -1440,7 +1447,7 @@ class ConfigReader:
         demanded = [scheme.header, *scheme.signed_headers] if scheme else ["signature", "signature-input"]
         demanded += ["authorization"] if provider else []
         demanded += [api_key.name] if api_key and api_key.place == "header" else []
-        for header in sorted({header for header in demanded if demanded.count(header) > 1}):
+        for header in repeated(demanded):
             mistakes.append(f"{where}: two demands on the header {header}, which can hold only one")
         window = (read["replay_window_hours"] or 0) * 3600 if kind in ("central", "new-central") else 0
         path = read["path"] or (url.path if url else None)
@@ -1478,8 +1485,7 @@ def read_config(text: bytes, path: str = "") -> Config:
         webhooks = [reader.webhook(one, f"{where}[{index}]", len(found) > 1) for index, one in enumerate(found)]
     else:
         webhooks = [reader.webhook(found, where, False)]
-    names = [webhook.name for webhook in webhooks if webhook.name]
-    for name in sorted({name for name in names if names.count(name) > 1}):
+    for name in repeated(webhook.name for webhook in webhooks if webhook.name):
         reader.mistakes.append(f"{where}: expected a different name for each, found {json.dumps(name)} twice")
     if reader.has_secret and path:
         reader.warn_if_readable(path)
@@ -2715,9 +2721,7 @@ def start(config: Config, path: str, render: Render) -> int:
         reason = getattr(error, "strerror", None) or error
         return fail(f"{config.host} port {config.port}: {reason}", EX_CANNOT_SERVE)
     address: Any = receiver.server_address
-    shown = os.fsdecode(address) if isinstance(address, (str, bytes)) else f"{address[0]} port {address[1]}"
-    if isinstance(address, tuple):
-        shown += f" (http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]})"
+    shown = f"{address[0]} port {address[1]}" if isinstance(address, tuple) else os.fsdecode(address)
     webhooks = ", ".join(f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks)
     log_file = f", {config.log_file}" if config.log_file else ""
     LOG.add("INFO", f"{PROGRAM} {VERSION} listens on {shown}; webhooks: {webhooks}; output: stdout{log_file}")
