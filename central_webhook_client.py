@@ -656,10 +656,9 @@ def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
     return keys
 
 
-KeysFor = Callable[[Optional[str], str], tuple[str, Sequence[RsaKey]]]
-
-
-def verify_access_token(request: Request, oidc: Oidc, keys_for: KeysFor, now: float) -> None:
+def verify_access_token(
+    request: Request, oidc: Oidc, keys_for: Callable[[Optional[str], str], tuple[str, Sequence[RsaKey]]], now: float
+) -> None:
     """Verify `Authorization: Bearer` with a JWT signed RS256, RS384 or RS512 (RFC 6750, 7519, 8725, 9068).
 
     `keys_for(kid, algorithm)` returns the provider's issuer and keys; `now` is in epoch seconds.
@@ -947,8 +946,9 @@ def render_json(delivery: Delivery) -> str:
     )
 
 
-_COLOURS = {"critical": "1;31", "major": "31", "minor": "33", "warning": "33", "info": "36"}
-_COLOURS.update({"close": "32", "cleared": "32"})
+_COLOURS = {
+    "critical": "1;31", "major": "31", "minor": "33", "warning": "33", "info": "36", "close": "32", "cleared": "32"
+}  # fmt: skip
 
 
 def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: int) -> str:
@@ -1303,37 +1303,39 @@ class Key(NamedTuple):
     default: Any = None
 
 
-TOP_KEYS = {"webclient_info": Key("an object", is_present, {}), "central_info": Key("an object", is_present, {})}
+TEXT, FILE = Key("a string", is_text), Key("a path", is_text)
+OBJECT, SECRETS = Key("an object", is_present), Key("a string or an array of strings", is_present)
+TOP_KEYS = {"webclient_info": OBJECT._replace(default={}), "central_info": OBJECT._replace(default={})}
 CENTRAL_KEYS = {"webhook": Key("an object or an array of objects", is_present, {})}
 WEBCLIENT_KEYS = {
     "host": Key("an address to bind", is_text, ...),
     "port": Key("a port from 0 to 65535", is_port, ...),
-    "log_file": Key("a path", is_text),
+    "log_file": FILE,
     "max_body_bytes": Key("a whole number from 1 to 2^30", is_number(1, 2**30, int), 1 << 20),
     "request_timeout_seconds": Key("a number from 0.1 to 3600", is_number(0.1, 3600), 10),
     "max_connections": Key("a whole number from 1 to 65535", is_number(1, 65535, int), 256),
 }
 WEBHOOK_KEYS = {
-    "name": Key("a string", is_text),
+    "name": TEXT,
     "type": Key("one of " + ", ".join(TYPES), lambda value: value in TYPES, "central"),
     "path": Key("a path that begins with /, no query, not " + " or ".join(OWN_PATHS), is_path),
-    "token": Key("a string or an array of strings", is_present),
-    "token_file": Key("a path", is_text),
+    "token": SECRETS,
+    "token_file": FILE,
     "replay_window_hours": Key("a number from 0 to 87600", is_number(0, 87600), 48),
     "public_url": Key("the URL as typed into Central", is_text),
-    "api_key": Key("an object", is_present),
-    "oidc": Key("an object", is_present),
+    "api_key": OBJECT,
+    "oidc": OBJECT,
 }
 API_KEY_KEYS = {
     "header": Key("the name of a header", lambda value: isinstance(value, str) and bool(_HEADER_NAME.fullmatch(value))),
     "field": Key("the name of a field", is_text),
-    "value": Key("a string or an array of strings", is_present),
+    "value": SECRETS,
 }
 OIDC_KEYS = {
     "well_known_url": Key("an https URL (http only to this machine)", is_provider_url, ...),
-    "audience": Key("a string", is_text),
-    "client_id": Key("a string", is_text),
-    "issuer": Key("a string", is_text),
+    "audience": TEXT,
+    "client_id": TEXT,
+    "issuer": TEXT,
 }
 
 
@@ -1994,29 +1996,25 @@ class Metrics:
     """Counters in Prometheus' text format. A class because they outlive a configuration; labels are names of ours."""
 
     def __init__(self) -> None:
-        self.results: dict[tuple[str, str], int] = {}  # by webhook ("" for requests that belong to none) and result
+        self.results: collections.Counter[tuple[str, str]] = collections.Counter()  # by webhook ("": none) and result
         self.last_accepted: dict[str, float] = {}
         self.body_bytes = 0
-
-    def add_webhooks(self, names: Sequence[str]) -> None:
-        """Let all series of these webhooks exist."""
-        self.last_accepted = {**dict.fromkeys(names, 0.0), **self.last_accepted}
-        for name, result in itertools.product(["", *names], [*REFUSALS, "accepted", "duplicate"]):
-            self.results.setdefault((name, result), 0)
 
     def count(self, name: str, result: str, body_bytes: int) -> None:
         """Count a request."""
         self.results[name, result] += 1
         self.body_bytes += body_bytes
 
-    def render(self, in_flight: int) -> bytes:
-        """Return the text that Prometheus reads."""
+    def render(self, names: Sequence[str], in_flight: int) -> bytes:
+        """Return the text that Prometheus reads; all series of the webhooks called `names` exist."""
 
         def label(name: str) -> str:
             return 'webhook="' + name.replace("\\", r"\\").replace('"', r"\"") + '"'
 
         series = "central_webhook_deliveries_total", "central_webhook_last_accepted_timestamp_seconds"
-        counts, accepted = sorted(self.results.items()), sorted(self.last_accepted.items())
+        every = itertools.product(["", *names], [*REFUSALS, "accepted", "duplicate"])
+        counts = sorted({**dict.fromkeys(every, 0), **self.results}.items())
+        accepted = sorted({**dict.fromkeys(names, 0.0), **self.last_accepted}.items())
         lines = [
             f"# TYPE {series[0]} counter",
             *(f'{series[0]}{{{label(name)},result="{result}"}} {count}' for (name, result), count in counts),
@@ -2058,7 +2056,6 @@ class Receiver(ThreadingHTTPServer):
         self.has_jobs, self.running, self.threads = threading.Semaphore(0), 0, 0
         self.calls: collections.deque[Callable[[], None]] = collections.deque()
         self.metrics, self.next_look = Metrics(), 0.0
-        self.metrics.add_webhooks([webhook.name for webhook in config.webhooks])
         self.has_own_code = has_own_code()
         self.old_tokens_named: dict[tuple[str, int], float] = {}
         self.selector = selectors.DefaultSelector()
@@ -2286,7 +2283,8 @@ class Receiver(ThreadingHTTPServer):
     def own_answer(self, path: str) -> tuple[int, bytes, str]:
         """Answer /health or /metrics: status, body, media type."""
         if path == "/metrics":
-            return 200, self.metrics.render(self.in_flight()), "text/plain; version=0.0.4; charset=utf-8"
+            text = self.metrics.render([webhook.name for webhook in self.config.webhooks], self.in_flight())
+            return 200, text, "text/plain; version=0.0.4; charset=utf-8"
         if self.outputs.has_failed() or self.stopping:
             return 503, b'{"error": "unavailable"}', JSON
         return 200, b'{"status": "ok"}', JSON
@@ -2368,7 +2366,6 @@ class Receiver(ThreadingHTTPServer):
             same = webhook.provider and old.provider and webhook.provider.oidc == old.provider.oidc
             provider = old.provider if same else webhook.provider
             webhooks.append(webhook._replace(memory=old.memory, former_tokens=tuple(former[:4]), provider=provider))
-        self.metrics.add_webhooks([webhook.name for webhook in webhooks])
         self.config = config._replace(host=self.config.host, port=self.config.port, webhooks=tuple(webhooks))
 
 
