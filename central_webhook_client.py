@@ -104,21 +104,25 @@ TOKEN_LEEWAY_SECONDS = 60
 
 # ---- Errors -----------------------------------------------------------------
 
-_REASONS = {  # status: (error in the answer, reasons in the log and the metrics)
-    400: ("bad request", "malformed"),
-    401: ("unauthorized", "signature api_key oidc stale"),
-    404: ("not found", "not_found"),
-    405: ("method not allowed", "method"),
-    408: ("request timeout", "timeout"),
-    411: ("length required", "no_length"),
-    413: ("body too large", "body_too_large"),
-    414: ("request line too long", "target_too_long"),
-    431: ("header fields too large", "headers_too_large"),
-    501: ("transfer coding not implemented", "coding"),
-    503: ("unavailable", "in_progress output handler provider overload"),
-    505: ("http version not supported", "version"),
+_REASONS = """
+    400 bad request: malformed
+    401 unauthorized: signature api_key oidc stale
+    404 not found: not_found
+    405 method not allowed: method
+    408 request timeout: timeout
+    411 length required: no_length
+    413 body too large: body_too_large
+    414 request line too long: target_too_long
+    431 header fields too large: headers_too_large
+    501 transfer coding not implemented: coding
+    503 unavailable: in_progress output handler provider overload
+    505 http version not supported: version
+"""  # status, error in the answer, reasons in the log and the metrics
+REFUSALS = {
+    reason: (int(status), error)
+    for status, error, reasons in re.findall("([0-9]+) (.+): (.+)", _REASONS)
+    for reason in reasons.split()
 }
-REFUSALS = {reason: (code, error) for code, (error, reasons) in _REASONS.items() for reason in reasons.split()}
 
 
 class Refusal(Exception):
@@ -1498,12 +1502,15 @@ def read_config(text: bytes, path: str = "") -> Config:
 
 
 def load_config(path: str) -> Config:
-    """Read and check a configuration file. Raises ConfigError."""
+    """Read and check a configuration file, and log what is doubtful in it. Raises ConfigError."""
     try:
         with open(path, "rb") as file:
-            return read_config(file.read(), path)
+            config = read_config(file.read(), path)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
+    for warning in config.warnings:
+        LOG.add("WARNING", warning)
+    return config
 
 
 def describe_webhook(webhook: Webhook) -> str:
@@ -2495,8 +2502,6 @@ def reload_config(receiver: Receiver, path: str) -> None:
             if isinstance(outcome, Exception):
                 raise outcome
             receiver.reload(outcome)
-            for text in outcome.warnings:
-                LOG.add("WARNING", text)
             LOG.add("INFO", f"configuration reloaded: {', '.join(one.name for one in outcome.webhooks)}")
         except (ConfigError, OutputError) as error:
             for mistake in error.args:
@@ -2733,8 +2738,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if options.demo:
             return run_demo(choose_render(options.format, ["demo"]))
         config = load_config(options.input)
-        for text in config.warnings:
-            LOG.add("WARNING", text)
         if options.send_sample is not None:
             return send_sample(config, options.send_sample, options.webhook, options.header)
         if options.check_config:
