@@ -368,12 +368,17 @@ def indent_json(text: str) -> str:
 
 # Security: these are the grammars of RFC 8941 section 3, nothing laxer. A string that may hold a line feed lets an
 # attacker write lines of the signature base (RFC 9421 section 7.5.3).
-_SF_KEY = re.compile(r"[a-z*][a-z0-9_.*-]*")
-_SF_BARE_ITEM = re.compile(
-    r'(?P<integer>-?[0-9]{1,15})(?![0-9.])|"(?P<string>(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"'
-    r"|(?P<other>:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?:|\?[01]"
-    r"|-?[0-9]{1,12}\.[0-9]{1,3}(?![0-9.])|[A-Za-z*][!#$%&'*+\-.^_`|~0-9A-Za-z:/]*)"
+_SF_KEY = r"[a-z*][a-z0-9_.*-]*"
+_SF_BARE_ITEM = (
+    r'(?:"(?:[ !#-\[\]-~]|\\["\\])*"|-?[0-9]{1,15}(?![0-9.])|-?[0-9]{1,12}\.[0-9]{1,3}(?![0-9.])|\?[01]'
+    r"|:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?:|[A-Za-z*][!#$%&'*+\-.^_`|~0-9A-Za-z:/]*)"
 )
+_SF_PARAMETER = f"; *({_SF_KEY})(?:=({_SF_BARE_ITEM}))?"
+_SF_PARAMETERS = f"(?:; *{_SF_KEY}(?:={_SF_BARE_ITEM})?)*"
+_SF_ITEM = f"({_SF_BARE_ITEM})({_SF_PARAMETERS})"
+_SF_INNER_LIST = rf"\( *(?:{_SF_BARE_ITEM}{_SF_PARAMETERS}(?: +{_SF_BARE_ITEM}{_SF_PARAMETERS})* *)?\)"
+_SF_MEMBER = f"({_SF_KEY})(?:=({_SF_INNER_LIST}|{_SF_BARE_ITEM}))?({_SF_PARAMETERS})"
+_SF_DICTIONARY = rf"{_SF_MEMBER}(?:[ \t]*,[ \t]*{_SF_MEMBER})*[ \t]*"
 
 
 class Item(NamedTuple):
@@ -389,59 +394,31 @@ class Item(NamedTuple):
         return self.text + "".join(f";{k}" if v.text == "?1" else f";{k}={v.text}" for k, v in self.parameters.items())
 
 
-class StructuredField:
-    """Reads one structured field strictly. A class because the position in the text moves along with every step."""
+def parse_item(text: str, parameters: str = "") -> Item:
+    """Return an item or an inner list. Both texts match the grammar; of a parameter given twice the last one counts."""
+    found = {name: parse_item(value or "?1") for name, value in re.findall(_SF_PARAMETER, parameters)}
+    if text[0] == "(":
+        items = [parse_item(*pair) for pair in re.findall(_SF_ITEM, text)]
+        return Item(items, f"({' '.join(map(str, items))})", found)
+    if text[0] == '"':
+        return Item(re.sub(r"\\(.)", r"\1", text[1:-1]), text, found)
+    integer = int(text) if re.fullmatch("-?[0-9]+", text) else None
+    return Item(integer, text if integer is None else str(integer), found)
 
-    def __init__(self, text: str) -> None:
-        self.text, self.position = text.strip(" "), 0
 
-    def take(self, pattern: str | re.Pattern[str]) -> re.Match[str]:
-        """Step over what must be here."""
-        match = re.compile(pattern).match(self.text, self.position)
-        if not match:
-            raise SignatureError(f"a structured field is malformed at character {self.position + 1}")
-        self.position = match.end()
-        return match
+def parse_dictionary(text: str) -> dict[str, Item]:
+    """Parse a structured field that is a dictionary (section 4.2.2). A key that occurs twice is an error, unlike there.
 
-    def bare_item(self) -> Item:
-        """Read an item without parameters (section 4.2.3.1)."""
-        match = self.take(_SF_BARE_ITEM)
-        if match["integer"]:
-            return Item(int(match[0]), str(int(match[0])), {})
-        return Item(None if match["string"] is None else re.sub(r"\\(.)", r"\1", match["string"]), match[0], {})
-
-    def parameters(self) -> dict[str, Item]:
-        """Read parameters (section 4.2.3.2); a name given again overwrites, its place stays."""
-        found = {}
-        while self.take(";? *")[0].startswith(";"):
-            name = self.take(_SF_KEY)[0]
-            found[name] = self.bare_item() if self.take("=?")[0] else Item(None, "?1", {})
-        return found
-
-    def member(self) -> Item:
-        """Read an item or an inner list, with its parameters (sections 4.2.1.1 and 4.2.1.2)."""
-        if not self.take(r"(?:\( *)?")[0]:
-            return self.bare_item()._replace(parameters=self.parameters())
-        items: list[Item] = []
-        while not self.take(r"\)?")[0]:
-            if items and self.text[self.position - 1] != " " or len(items) == MAX_COMPONENTS:
-                raise SignatureError(f"an inner list has two items without a space between, or over {MAX_COMPONENTS}")
-            items.append(self.bare_item()._replace(parameters=self.parameters()))
-            self.take(" *")
-        return Item(items, f"({' '.join(map(str, items))})", self.parameters())
-
-    def dictionary(self) -> dict[str, Item]:
-        """Read the whole text as a dictionary (section 4.2.2). A key that occurs twice is an error, unlike there."""
-        found: dict[str, Item] = {}
-        while True:
-            key = self.take(_SF_KEY)[0]
-            if key in found:
-                raise SignatureError(f"{key!r} occurs twice in a structured field")
-            found[key] = self.member() if self.take("=?")[0] else Item(None, "?1", self.parameters())
-            self.take("[ \t]*")
-            if self.position == len(self.text):
-                return found
-            self.take(",[ \t]*")
+    Raises:
+        SignatureError: the field is malformed.
+    """
+    text = text.strip(" ")
+    if not re.fullmatch(_SF_DICTIONARY, text):
+        raise SignatureError("a structured field is malformed")
+    found = re.findall(_SF_MEMBER, text)
+    for key in repeated(key for key, _, _ in found):
+        raise SignatureError(f"{key!r} occurs twice in a structured field")
+    return {key: parse_item(value or "?1", parameters) for key, value, parameters in found}
 
 
 class PublicUrl(NamedTuple):
@@ -520,6 +497,8 @@ def check_coverage(covered: Item, now: float) -> None:
     """
     if not isinstance(covered.value, list) or not all(isinstance(item.value, str) for item in covered.value):
         raise SignatureError("a member of signature-input is no list of strings")
+    if len(covered.value) > MAX_COMPONENTS:
+        raise SignatureError(f"more than {MAX_COMPONENTS} components are covered")
     names, values = {str(item)[1:-1] for item in covered.value}, {k: v.value for k, v in covered.parameters.items()}
     if len(names) < len(covered.value):
         raise SignatureError("a component is covered twice")
@@ -538,7 +517,7 @@ def check_coverage(covered: Item, now: float) -> None:
 
 def check_content_digest(request: Request) -> None:
     """Check the body against its Content-Digest (RFC 9530): every sha-256 and sha-512 in it, at least one of them."""
-    digests = StructuredField(request.headers["content-digest"]).dictionary()
+    digests = parse_dictionary(request.headers["content-digest"])
     known = [name for name in ("sha-256", "sha-512") if name in digests]
     for name in known:
         digest = hashlib.new(name.replace("-", ""), request.body).digest()
@@ -571,7 +550,7 @@ def verify_message_signature(
     fields = [request.headers.get(name, "") for name in ("signature-input", "signature")]
     if not all(fields):
         raise SignatureError("missing or empty: signature or signature-input")
-    inputs, signatures = (StructuredField(text).dictionary() for text in fields)
+    inputs, signatures = map(parse_dictionary, fields)
     if max(len(inputs), len(signatures)) > MAX_LABELS:
         raise SignatureError(f"more than {MAX_LABELS} signatures")
     failure = SignatureError("no label stands in both signature and signature-input")
@@ -2584,7 +2563,7 @@ def sign_sample(webhook: Webhook, query: Optional[str], number: int, now: float)
         headers[scheme.header] = scheme.prefix + scheme.encode(digest).decode()
     elif webhook.public_url:
         text = f'sig1=("@method" "@target-uri" "@authority" "@scheme" "@path" "date");created={int(now)}'
-        covered = StructuredField(text).dictionary()["sig1"]
+        covered = parse_dictionary(text)["sig1"]
         request = Request("POST", "", query, "HTTP/1.1", headers, frozenset())
         base = signature_base(request, covered, webhook.public_url, webhook.public_url.without_query)
         headers.update({"signature-input": text, "signature": "sig1=" + sign_base(token, base)[0].decode()})
