@@ -1648,7 +1648,7 @@ _FIELD = re.compile(rf"^({_TOKEN}):[ \t]*([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?")
 _CHUNK_EXTENSION = rf'[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
-_CHUNK_LINE = re.compile(f"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*".encode())  # RFC 9112 section 7.1
+_CHUNK_LINE = f"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*".encode()  # RFC 9112 section 7.1
 
 
 def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
@@ -1905,7 +1905,7 @@ class Handler(BaseHTTPRequestHandler):
         """Read and decode a chunked body (RFC 9112 section 7.1); trailers are checked and dropped."""
         parts, total, limit, size = [], 0, self.server.config.max_body_bytes, -1
         while size:
-            match = _CHUNK_LINE.fullmatch((yield from self.read_line(MAX_CHUNK_LINE_BYTES)))
+            match = re.fullmatch(_CHUNK_LINE, (yield from self.read_line(MAX_CHUNK_LINE_BYTES)))
             if not match:
                 raise Refusal("malformed", "the size of a chunk is malformed")
             size = int(match[1], 16)
@@ -1945,8 +1945,7 @@ class Handler(BaseHTTPRequestHandler):
         close = close or request.version == "HTTP/1.0" and "keep-alive" not in options
         if LOG.is_verbose:
             LOG.add("DEBUG", f"{status} to {self.server.peer_of(self.client_address, request)}: {body[:100].decode()}")
-        encode = encode_reply if kind == JSON else encode_reply.__wrapped__
-        self.send(encode(int(time.time()), status, kind, body, request.method == "HEAD", close, *extra))
+        self.send(encode_reply(int(time.time()), status, kind, body, request.method == "HEAD", close, *extra))
         self.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
         self.lingers = close and (status != 200 or self.server.stopping)
         return not close
@@ -2014,6 +2013,14 @@ class Metrics:
         return "\n".join(lines).encode()
 
 
+def listen_on(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises OSError where the address cannot be bound."""
+    host = "127.0.0.1" if host == "localhost" else host
+    family, _, _, _, address = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)[0]
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" stands for IPv4 as well
+    return socket.create_server(address, family=family, backlog=LISTEN_QUEUE, dualstack_ipv6=both)
+
+
 class Receiver(ThreadingHTTPServer):
     """The server: one thread serves whichever connection is ready, since to hand a delivery to another thread costs
     more than the delivery; other threads do for it what may take long: disk, full pipe, code of your own, provider.
@@ -2021,9 +2028,6 @@ class Receiver(ThreadingHTTPServer):
     Always true: only the thread of `serve_forever` changes anything here, so nothing is locked; others take `jobs` and
     leave `calls`. A handler is in `connections`, or in `lingering`, until it is closed.
     """
-
-    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
-    request_queue_size = LISTEN_QUEUE
 
     def __init__(self, config: Config, outputs: Outputs, render: Render, inherited: Optional[int] = None) -> None:
         """Bind the configured address, or use an inherited descriptor. `render` is for stdout; None: JSON Lines.
@@ -2048,25 +2052,14 @@ class Receiver(ThreadingHTTPServer):
         self.waker, woken = socket.socketpair()
         self.waker.setblocking(False)
         self.selector.register(woken, selectors.EVENT_READ, functools.partial(woken.recv, RECEIVE_BYTES))
-        host = "127.0.0.1" if config.host == "localhost" else config.host
-        address: Any = (host, config.port)
-        if inherited is None:
-            found = socket.getaddrinfo(host.encode(), config.port, type=socket.SOCK_STREAM)
-            self.address_family, _, _, _, address = found[0]
-        super().__init__(address, Handler, bind_and_activate=inherited is None)
-        if inherited is not None:
-            self.socket.close()
-            self.socket = socket.socket(fileno=inherited)
-            if not self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                raise OSError(errno.EINVAL, "the inherited socket does not listen")
+        self.socket = listen_on(config.host, config.port) if inherited is None else socket.socket(fileno=inherited)
+        if not self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(errno.EINVAL, "the inherited socket does not listen")
+        # HTTPServer's own way to bind looks up the host's name, which can hang.
+        socketserver.BaseServer.__init__(self, self.socket.getsockname(), Handler)
         if self.socket.family in (socket.AF_INET, socket.AF_INET6):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
         self.socket.setblocking(False)
-        self.server_address = self.socket.getsockname()
-
-    def server_bind(self) -> None:
-        """Bind without HTTPServer's look-up of the host's name, which can hang."""
-        socketserver.TCPServer.server_bind(self)
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         """Serve until `shutdown` is called, and then until what is in flight has been answered."""
@@ -2699,7 +2692,7 @@ def start(config: Config, path: str, render: Render) -> int:
     try:
         receiver = Receiver(config, outputs, render, inherited_descriptor())
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason, *_ = str(getattr(error, "strerror", None) or error).split(" (")  # what follows repeats the address
         return fail(f"{config.host} port {config.port}: {reason}", EX_CANNOT_SERVE)
     address: Any = receiver.server_address
     shown = f"{address[0]} port {address[1]}" if isinstance(address, tuple) else os.fsdecode(address)
