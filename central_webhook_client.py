@@ -852,14 +852,16 @@ class Log:
         threading.Thread(target=self.write_lines, name="log", daemon=True).start()
 
     def add(self, level: str, text: str, error: Optional[BaseException] = None) -> None:
-        """Log a message, one of level DEBUG with --verbose only, which adds the traceback of `error` as well."""
+        """Log a message and an error with its place; --verbose adds messages of level DEBUG, and the traceback."""
         if level == "DEBUG" and not self.is_verbose:
             return
         text = f"{format_utc(time.time())} {level} {escape_text(text)}"
-        if error and self.is_verbose:
+        if error:
             import traceback  # costs memory, and only a bug needs it
 
-            text += f": {escape_text(repr(error))}\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip()
+            frames = traceback.extract_tb(error.__traceback__)
+            text += escape_text(f": {error!r} (line {frames[-1].lineno})")
+            text += "\n" + "".join(frames.format()).rstrip() if self.is_verbose else ""
         if len(self.lines) < 1000:
             self.lines.append(text)
             self.added.release()
@@ -1733,7 +1735,7 @@ def parse_framing(request: Request, max_body_bytes: int) -> Optional[int]:
     length = "0" if length is None else length
     if not (length.isascii() and length.isdigit()):
         raise Refusal("malformed", "Content-Length is not one number")
-    size = int(length) if len(length) < 20 else int(length.lstrip("0")[:20] or "0")  # Python refuses very long numbers
+    size = int(length.lstrip("0")[:20] or "0")  # Python refuses very long numbers
     if size > max_body_bytes:
         raise Refusal("body_too_large", f"Content-Length is above max_body_bytes, {max_body_bytes}")
     return size
@@ -2096,8 +2098,8 @@ class Receiver(ThreadingHTTPServer):
             if now >= self.next_look:
                 self.next_look = now + poll_interval
                 self.look_after(now)
-        except Exception as error:
-            self.report_bug(error)
+        except Exception as bug:
+            LOG.add("ERROR", "internal error", bug)
 
     def look_after(self, now: float) -> None:
         """Do what is due several times a second."""
@@ -2122,7 +2124,7 @@ class Receiver(ThreadingHTTPServer):
         except (StopIteration, OSError):  # OSError: the sender is gone, nobody to tell
             self.close_connection(handler)
         except Exception as bug:
-            self.report_bug(bug)
+            LOG.add("ERROR", "internal error", bug)
             self.close_connection(handler)
         else:
             if type(wanted) is Entry:
@@ -2131,13 +2133,6 @@ class Receiver(ThreadingHTTPServer):
                 self.run_aside(wanted, functools.partial(self.go_on, handler))
             elif not handler.is_watched:
                 self.unwatched.append(handler)
-
-    def report_bug(self, error: Exception) -> None:
-        """Report a bug of ours in one line, with its place; --verbose adds the traceback."""
-        trace = error.__traceback__
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        LOG.add("ERROR", f"internal error: {error!r} (line {trace and trace.tb_lineno})", error)
 
     def write_waiting(self) -> None:
         """Have written what was accepted, and answered. Deliveries that are ready together share one write and one sync
@@ -2479,7 +2474,7 @@ def reload_config(receiver: Receiver, path: str) -> None:
             for mistake in error.args:
                 LOG.add("ERROR", f"{kept}: {mistake}")
         except Exception as error:  # a bug of ours must not stop a receiver that works
-            LOG.add("ERROR", f"{kept}: {error!r}", error)
+            LOG.add("ERROR", kept, error)
         notify("READY=1")
 
     def wait_for_writes(outcome: Any) -> None:
