@@ -95,8 +95,9 @@ REJECTION_LINES_PER_SECOND = 10
 MAX_LABELS = 4  # signatures tried in one Signature header
 MAX_COMPONENTS = 32  # covered by one of them
 MAX_QUERY_PARAMETERS = 100  # looked through for a covered one
+SAMPLE_SECONDS = 30.0  # for the answer to --send-sample
 PROVIDER_SECONDS = 5.0  # an OIDC provider's answer, and the pause between two questions is twice that
-MAX_PROVIDER_BYTES = 512 * 1024
+MAX_ANSWER_BYTES = 512 * 1024  # of a provider, or of who gets a sample
 PROVIDER_KEYS_SECONDS = 3600.0  # after this the provider is asked again, in case it has withdrawn a key
 MAX_KEYS_TRIED = 16
 MIN_RSA_BITS, MAX_RSA_BITS = 2048, 16384
@@ -1126,7 +1127,7 @@ def open_log(path: str) -> int:
     try:
         log = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o640)
         if not stat.S_ISREG(os.fstat(log).st_mode):
-            raise OutputError(f"{path}: not a regular file")
+            raise OSError(errno.EINVAL, "not a regular file")
         if sys.platform != "win32":
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(PermissionError):  # a new file's name has to survive a power loss too
@@ -1135,16 +1136,14 @@ def open_log(path: str) -> int:
                 os.close(directory)
         half, *lines = itertools.islice(lines_from_end(path), 2)
         if half and not lines and not half.startswith(_LOG_START[: len(half)]):
-            raise OutputError(f"{path}: holds something else than deliveries, so nothing is appended to it")
+            raise OSError(errno.EINVAL, "holds something else than deliveries, so nothing is appended to it")
         if half:
             os.ftruncate(log, os.fstat(log).st_size - len(half))
             LOG.add("WARNING", f"{path}: cut off a half line of {len(half)} bytes at its end")
         return log
-    except (OSError, OutputError) as error:
+    except OSError as error:
         if log >= 0:
             os.close(log)
-        if isinstance(error, OutputError):
-            raise
         reason = "another receiver writes to it" if isinstance(error, BlockingIOError) else error.strerror
         raise OutputError(f"{path}: {reason}") from None
 
@@ -1358,8 +1357,7 @@ class ConfigReader:
         for index, value in enumerate(values):
             problem = ""
             if not isinstance(value, str) or not value:
-                shown = "an empty one" if value == "" else describe_value(value, True)
-                problem = f"a string that is not empty, found {shown}"
+                problem = f"a string that is not empty, found {describe_value(value, True)}"
             elif value != value.strip():
                 problem = "no white space around it, found some"
             elif value.startswith("<") and value.endswith(">"):
@@ -1447,7 +1445,8 @@ def describe_value(value: Any, secret: bool = False) -> str:
     """Say what was found: a plain value as JSON, of others and of secrets only the type."""
     if not secret and not isinstance(value, (dict, list)):
         return escape_text(json.dumps(value))[:100]
-    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "nothing"}
+    kinds = {dict: "an object", list: "an array", bool: "a boolean", type(None): "nothing"}
+    kinds[str] = "a string" if value else "an empty one"
     return kinds.get(type(value), "a number")
 
 
@@ -1815,13 +1814,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.start += 2
             elif ahead in (b"", b"\r"):
                 try:
-                    data = yield
+                    yield from self.receive_more()
                 except Refusal as refusal:
-                    data = b""
-                    if is_first:
+                    goes_on = False
+                    if is_first and refusal.reason == "timeout":
                         self.refuse(refusal)
-                self.buffer, self.start = self.buffer[self.start :] + data, 0
-                goes_on = bool(data)
             else:
                 if not is_first:
                     self.deadline = time.monotonic() + server.config.request_timeout_seconds
@@ -1853,7 +1850,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(refusal, request, webhooks)
 
     def receive_more(self) -> Steps[None]:
-        """Wait for more of a request that has begun. Raises Refusal when the stream or its time is over."""
+        """Wait for more bytes. Raises Refusal when their time (timeout) or the stream (malformed) is over."""
         data = yield
         if not data:
             raise Refusal("malformed", "the connection ended within the request")
@@ -2383,33 +2380,34 @@ class Provider:
     def ask(self) -> None:
         """Fetch the discovery document and the keys that it names."""
         try:
-            document = fetch_json(self.oidc.well_known_url, PROVIDER_SECONDS / 2)
+            document = self.fetch(self.oidc.well_known_url)
             issuer, url = document.get("issuer"), str(document.get("jwks_uri"))
             if not isinstance(issuer, str) or not is_provider_url(url):
                 raise ValueError("the discovery document has no issuer, or no jwks_uri over https")
-            keys = parse_rsa_keys(fetch_json(url, PROVIDER_SECONDS / 2))
+            keys = parse_rsa_keys(self.fetch(url))
             self.issuer, self.keys, self.answered = issuer, keys, time.monotonic()
             LOG.add("INFO", f"{len(keys)} OIDC keys of {issuer}")
         except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
             self.failure = f"{self.oidc.well_known_url}: {error}"
             LOG.add("WARNING", f"no OIDC keys: {self.failure}")
 
+    def fetch(self, url: str) -> dict[str, Any]:
+        """Fetch a JSON object."""
+        status, data = exchange("GET", url, {"Accept": JSON}, b"", PROVIDER_SECONDS / 2)
+        if status != 200:
+            raise ValueError(f"status {status}, expected 200")
+        return parse_json_object(data)
 
-def connect_to(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
-    """Make a connection to a URL, not yet open, and return it with the target to ask for. Raises ValueError."""
-    parts, host = split_url(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return kind(host, parts.port, timeout=seconds), target
 
-
-def fetch_json(url: str, seconds: float) -> dict[str, Any]:
-    """Fetch a JSON object: no redirects, bounded in size and time.
+def exchange(method: str, url: str, headers: Mapping[str, str], body: bytes, seconds: float) -> tuple[int, bytes]:
+    """Send a request; return status and body of the answer. No redirects; bounded in size, and in time as a whole.
 
     Raises:
-        OSError, ValueError, http.client.HTTPException: it cannot be had.
+        OSError, ValueError, http.client.HTTPException: there is no answer, or a longer one.
     """
-    connection, target = connect_to(url, seconds)
+    parts, host = split_url(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(host, parts.port, timeout=seconds)
     with contextlib.closing(connection):
         connection.connect()
         opened = connection.sock
@@ -2422,14 +2420,14 @@ def fetch_json(url: str, seconds: float) -> dict[str, Any]:
         watchdog.daemon = True
         watchdog.start()
         try:
-            connection.request("GET", target, headers={"Accept": JSON})
+            connection.request(method, (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), body, headers)
             answer = connection.getresponse()
-            data = answer.read(MAX_PROVIDER_BYTES + 1)
+            data = answer.read(MAX_ANSWER_BYTES + 1)
         finally:
             watchdog.cancel()
-    if answer.status != 200 or len(data) > MAX_PROVIDER_BYTES:
-        raise ValueError(f"status {answer.status} and {len(data)} bytes, expected 200 and at most {MAX_PROVIDER_BYTES}")
-    return parse_json_object(data)
+    if len(data) > MAX_ANSWER_BYTES:
+        raise ValueError(f"status {answer.status} and more than {MAX_ANSWER_BYTES} bytes")
+    return answer.status, data
 
 
 # ---- Life: signals, systemd -------------------------------------------------
@@ -2558,15 +2556,6 @@ def sign_sample(webhook: Webhook, query: Optional[str], number: int, now: float)
     return headers, body
 
 
-def post(url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, str]:
-    """POST to a URL; return status and answer. Raises OSError, http.client.HTTPException, ValueError."""
-    connection, target = connect_to(url, 30)
-    with contextlib.closing(connection):
-        connection.request("POST", target, body, dict(headers))
-        answer = connection.getresponse()
-        return answer.status, escape_text(answer.read(500).decode(errors="replace").strip())
-
-
 def send_sample(config: Config, url: str, name: Optional[str], header_lines: Sequence[str]) -> int:
     """Send a signed sample to `url` ("": the configured address) and print what comes back."""
     matching = [webhook for webhook in config.webhooks if name in (None, webhook.name)]
@@ -2585,9 +2574,10 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
         headers[field.lower()] = value.strip()
     started = time.monotonic()
     try:
-        status, answer = post(url, headers, body)
+        status, data = exchange("POST", url, headers, body, SAMPLE_SECONDS)
     except (OSError, ValueError, http.client.HTTPException) as error:
         return fail(f"{url}: {error or type(error).__name__}", EX_CANNOT_SERVE)
+    answer = escape_text(data[:500].decode(errors="replace").strip())
     print(f"{status} {answer} {1000 * (time.monotonic() - started):.0f} ms")
     return 0 if status == 200 else EX_CANNOT_SERVE
 
@@ -2608,9 +2598,9 @@ def run_demo(render: Render) -> int:
         if number == 4:
             kind, expected = "forged alert, one word of its body changed", 401
             body = body.replace(b"Critical", b"Harmless")
-        status, answer = post(url, headers, body)
+        status, data = exchange("POST", url, headers, body, SAMPLE_SECONDS)
         LOG.flush()
-        print_error(f"{kind}: {status} {answer}")
+        print_error(f"{kind}: {status} {data.decode()}")
         passed = passed and status == expected
     return 0 if passed else EX_CANNOT_SERVE
 
