@@ -1666,15 +1666,11 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
         raise Refusal("malformed", "a header field is malformed: its name, a control character, or a line without CRLF")
     if len(found) > MAX_HEADER_FIELDS:
         raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
-    values: dict[str, str] = {}
-    repeated = []
-    for name, value in found:
-        name, value = name.lower(), value.rstrip(" \t")
-        if name in values:
-            repeated.append(name)
-            value = f"{values[name]}, {value}"
-        values[name] = value
-    return values, frozenset(repeated)
+    values = {name.lower(): value.rstrip(" \t") for name, value in found}
+    again = repeated(name.lower() for name, _ in found) if len(values) < len(found) else []
+    for name in again:
+        values[name] = ", ".join(value.rstrip(" \t") for other, value in found if other.lower() == name)
+    return values, frozenset(again)
 
 
 @functools.lru_cache(maxsize=64)
