@@ -129,17 +129,13 @@ REFUSALS = {
 class Refusal(Exception):
     """A request is not accepted. `reason` is a key of REFUSALS; the detail is for the log, never for the sender."""
 
-    def __init__(self, reason: str, detail: str, webhook: str = "") -> None:
+    def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
-        self.reason, self.webhook = reason, webhook
+        self.reason, self.webhook = reason, ""  # the name of the webhook, where it is not that of the path
 
 
 class OutputError(Exception):
     """Something accepted could not be written; the message says where and why."""
-
-
-class WouldWait(Exception):
-    """stdout takes no more at this moment."""
 
 
 class ConfigError(Exception):
@@ -760,7 +756,7 @@ class Memory:
     """What a webhook has accepted, so that nothing is accepted twice. A class because it is the state of section 6.
 
     Always true: a key is in at most one of `seen` and `pending`; `seen` holds the keys of `order`, which forgets the
-    oldest. Each delivery has the keys that `check_webhook` finds, and is known if any of them is.
+    oldest. Each delivery has the keys that `identify` finds, and is known if any of them is.
     """
 
     def __init__(self) -> None:
@@ -1030,13 +1026,12 @@ class Outputs:
                 self.unwritten += b"".join([entry.shown for entry in entries])
             if not may_wait and (self.may_hang or self.log is not None):
                 return None
-            self.write_stdout(entries[0].deadline if may_wait else 0)
+            if not self.write_stdout(entries[0].deadline if may_wait else 0):
+                return None
             if self.log is not None:
                 keys = [quote(entry.key) if entry.key else "null" for entry in entries]
                 lines = [f'{entry.line}, "key": {key}}}\n' for entry, key in zip(entries, keys)]
                 self.append_log(self.log, "".join(lines).encode())
-        except WouldWait:
-            return None
         except Exception as error:
             failure = str(error) if isinstance(error, OutputError) else repr(error)
             # Keep only what completes a line that is half out: what has not begun is answered 503 and comes again.
@@ -1046,12 +1041,11 @@ class Outputs:
         self.failing, self.started = failure, None
         return failure
 
-    def write_stdout(self, deadline: float) -> None:
-        """Write what is `unwritten` to stdout, and wait for its reader until `deadline` (0: not at all).
+    def write_stdout(self, deadline: float) -> bool:
+        """Write what is `unwritten` to stdout; return False if its reader has not taken all and `deadline` is 0.
 
         Raises:
-            WouldWait: its reader has not taken all, and `deadline` is 0.
-            OutputError: its reader has not taken all in time, or is gone.
+            OutputError: its reader has not taken all until `deadline` (monotonic seconds), or is gone.
         """
         data, start = self.unwritten, 0
         size = select.PIPE_BUF if self.poll else len(data)  # as much never blocks once poll says "ready"
@@ -1059,14 +1053,17 @@ class Outputs:
         try:
             while start < len(data):
                 left = 1000 * (deadline - time.monotonic()) if deadline else 0
-                if self.poll and not self.poll.poll(max(0, int(left))):
-                    raise slow if deadline else WouldWait
+                is_ready = not self.poll or bool(self.poll.poll(max(0, int(left))))
                 try:
-                    start += os.write(self.stdout, data[start : start + size])
+                    start += os.write(self.stdout, data[start : start + size]) if is_ready else 0
                 except BlockingIOError:
-                    if left <= 0:
-                        raise slow if deadline else WouldWait from None
-                    time.sleep(0.01)
+                    is_ready = False
+                    time.sleep(0.01 if left > 0 else 0)
+                if not is_ready and left <= 0:
+                    if deadline:
+                        raise slow
+                    return False
+            return True
         except OSError as error:
             gone = (errno.EPIPE, errno.EIO, errno.ECONNRESET) if self.poll else (errno.EPIPE,)
             self.is_gone = self.is_gone or error.errno in gone
@@ -1515,16 +1512,6 @@ def describe_webhook(webhook: Webhook) -> str:
 # ---- The way of a delivery: checks in their order, hints for the operator ---
 
 
-class Proof(NamedTuple):
-    """What a delivery that passed every check of a webhook has proved."""
-
-    token: int  # position of the token that matched
-    sent: Optional[float]  # signed time, epoch seconds; None: there is none, or it is not understood
-    sent_at: Optional[str]
-    delivery_id: Optional[str]
-    keys: tuple[bytes, ...]  # what the memory goes by
-
-
 def check_signature(webhook: Webhook, request: Request, now: float) -> tuple[int, Optional[float]]:
     """Check the signature; return the token's position and the signed time (epoch seconds). Raises SignatureError."""
     if webhook.public_url:
@@ -1539,28 +1526,26 @@ def check_signature(webhook: Webhook, request: Request, now: float) -> tuple[int
     return (first + found) % len(tokens), sent
 
 
-def check_webhook(webhook: Webhook, request: Request, now: float) -> Proof:
-    """Check everything that a webhook demands of its sender, in this order. Raises Refusal."""
+def check_webhook(webhook: Webhook, request: Request, now: float) -> tuple[int, Optional[float]]:
+    """Check everything that a webhook demands of its sender, in this order; return what `check_signature` does.
+
+    Raises:
+        Refusal: something does not pass.
+    """
     try:
-        token, sent = check_signature(webhook, request, now)
+        proof = check_signature(webhook, request, now)
     except SignatureError as error:
         raise Refusal("signature", str(error)) from None
     if webhook.api_key:
         check_api_key(request, webhook.api_key)
     if webhook.provider:
         verify_access_token(request, webhook.provider.oidc, webhook.provider.keys_for, now)
-    if webhook.type == "central":
-        signature = request.headers[CENTRAL.header]
-        _, delivery_id, sent_at = [request.headers[name] for name in CENTRAL.signed_headers]
-        # Security: bytes can be moved between the signed headers, so the signature names the delivery, not its ID; a
-        # retry that is signed anew has another signature, so its ID with the body names it as well.
-        keys = (short_digest(signature.encode()), short_digest(delivery_id.encode("latin-1"), request.body))
-        return Proof(token, sent, sent_at, delivery_id, keys)
-    shown = format_utc(sent) if sent is not None and abs(sent) < 1e11 else None
-    return Proof(token, sent, shown, None, () if webhook.type in UNTOLD else (short_digest(request.body),))
+    return proof
 
 
-def check_webhooks(webhooks: Sequence[Webhook], request: Request, now: float) -> tuple[Webhook, Proof]:
+def check_webhooks(
+    webhooks: Sequence[Webhook], request: Request, now: float
+) -> tuple[Webhook, tuple[int, Optional[float]]]:
     """Return the first webhook whose checks all pass, and the proof. Raises the Refusal of who got furthest."""
     refusals = []
     for webhook in webhooks:
@@ -1572,15 +1557,29 @@ def check_webhooks(webhooks: Sequence[Webhook], request: Request, now: float) ->
     raise max(refusals, key=lambda refusal: ("signature", "api_key", "oidc", "provider").index(refusal.reason))
 
 
-def make_delivery(webhook: Webhook, request: Request, proof: Proof, now: float) -> Delivery:
+def identify(webhook: Webhook, request: Request) -> Keys:
+    """Return the keys that an authentic delivery is remembered by."""
+    if webhook.type in UNTOLD:
+        return ()
+    if webhook.type != "central":
+        return (short_digest(request.body),)
+    # Security: bytes can be moved between the signed headers, so the signature names the delivery, not its ID; a retry
+    # that is signed anew has another signature, so its ID with the body names it as well.
+    signature, delivery_id = request.headers[CENTRAL.header], request.headers[CENTRAL.signed_headers[1]]
+    return short_digest(signature.encode()), short_digest(delivery_id.encode("latin-1"), request.body)
+
+
+def make_delivery(webhook: Webhook, request: Request, sent: Optional[float], keys: Keys, now: float) -> Delivery:
     """Put together what is kept and handed on; an API key in a field of the body is masked."""
     text = json_text(request.body)
     if text is not None and webhook.api_key and webhook.api_key.place == "field":
         (start, end), *_ = find_top_level_field(text, webhook.api_key.name)
         text = f'{text[:start]}"***"{text[end:]}'
-    key = ".".join([part.hex() for part in proof.keys]) or None
-    sent = proof.delivery_id, proof.sent_at
-    return Delivery(now, webhook.name, webhook.type, *sent, request.body, text, key)
+    delivery_id, sent_at = [request.headers.get(name) for name in CENTRAL.signed_headers[1:]]
+    if webhook.type != "central":
+        delivery_id, sent_at = None, format_utc(sent) if sent is not None and abs(sent) < 1e11 else None
+    key = ".".join([key.hex() for key in keys]) or None
+    return Delivery(now, webhook.name, webhook.type, delivery_id, sent_at, request.body, text, key)
 
 
 def has_own_code() -> bool:
@@ -1840,7 +1839,11 @@ class Handler(BaseHTTPRequestHandler):
             request.body = yield from self.read_chunked() if length is None else self.read_bytes(length)
             if not webhooks:
                 return self.reply(request, *server.own_answer(request.path))
-            is_new = yield from server.keep(request, webhooks)
+            check = functools.partial(check_webhooks, webhooks, request, time.time())
+            may_wait = any([webhook.provider for webhook in webhooks])
+            webhook, (token, sent) = (yield check) if may_wait else check()  # authentic
+            webhooks = [webhook]
+            is_new = yield from server.keep(webhook, request, token, sent)
             return self.reply(request, 200, b'{"status": "ok"}' if is_new else b'{"status": "duplicate"}')
         except Refusal as refusal:
             return self.refuse(refusal, request, webhooks)
@@ -2256,43 +2259,34 @@ class Receiver(ThreadingHTTPServer):
             return 503, b'{"error": "unavailable"}', JSON
         return 200, b'{"status": "ok"}', JSON
 
-    def keep(self, request: Request, webhooks: Sequence[Webhook]) -> Steps[bool]:
-        """Take a POST along the way of a delivery, to its end; return whether it was new. It is authentic and kept.
+    def keep(self, webhook: Webhook, request: Request, token: int, sent: Optional[float]) -> Steps[bool]:
+        """Take what is authentic along the way of a delivery, to its end; return whether it was new. It is kept now.
 
         Raises:
             Refusal: it is not accepted, and nothing is lost: whoever gets no 200 may send again.
         """
-        now = time.time()
-        if any([webhook.provider for webhook in webhooks]):
-            webhook, proof = yield functools.partial(check_webhooks, webhooks, request, now)
-        else:
-            webhook, proof = check_webhooks(webhooks, request, now)  # authentic
-        memory = webhook.memory
-        try:
-            check_age(proof.sent, webhook.replay_window_seconds, now)  # recent
-            is_new = memory.claim(proof.keys)  # new
-        except Refusal as refusal:
-            refusal.webhook = webhook.name
-            raise
-        memory.last_token = proof.token
-        if proof.token:
-            self.name_old_token(webhook, proof.token)
+        now, memory, keys = time.time(), webhook.memory, identify(webhook, request)
+        check_age(sent, webhook.replay_window_seconds, now)  # recent
+        is_new = memory.claim(keys)  # new
+        memory.last_token = token
+        if token:
+            self.name_old_token(webhook, token)
         if not is_new:
             self.metrics.count(webhook.name, "duplicate", len(request.body))
             return False
         failure = "not written"
         try:
-            delivery = make_delivery(webhook, request, proof, now)
+            delivery = make_delivery(webhook, request, sent, keys, now)
             problem = (yield functools.partial(run_own_code, delivery)) if self.has_own_code else ""
             if problem:
-                raise Refusal("handler", problem, webhook.name)
+                raise Refusal("handler", problem)
             line = render_json(delivery)
             shown = (self.render(delivery) if self.render else line + "}\n").encode()
             failure = yield Entry(line, delivery.key, shown, time.monotonic() + self.outputs.patience_seconds)  # kept
         finally:
-            memory.settle(proof.keys, kept=not failure)
+            memory.settle(keys, kept=not failure)
         if failure:
-            raise Refusal("output", failure, webhook.name)
+            raise Refusal("output", failure)
         self.metrics.count(webhook.name, "accepted", len(request.body))
         self.metrics.last_accepted[webhook.name] = time.time()
         return True
