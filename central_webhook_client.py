@@ -421,7 +421,7 @@ def parse_dictionary(text: str) -> dict[str, Item]:
 class PublicUrl(NamedTuple):
     """The parts of the URL as typed into Central that RFC 9421 section 2.2 signs."""
 
-    without_query: str
+    targets: tuple[str, ...]  # the URL without its query; without a path, signers differ on whether they add the "/"
     scheme: str
     authority: str
     path: str
@@ -443,7 +443,9 @@ def parse_public_url(url: str) -> PublicUrl:
     default_port = {"http": 80, "https": 443}[parts.scheme]
     host = f"[{hostname}]" if ":" in hostname else hostname
     authority = host if parts.port in (None, default_port) else f"{host}:{parts.port}"
-    return PublicUrl(url.partition("?")[0], parts.scheme, authority, parts.path or "/")
+    target = url.partition("?")[0]
+    targets = (target,) if parts.path else (target, target + "/")
+    return PublicUrl(targets, parts.scheme, authority, parts.path or "/")
 
 
 def encode_query(text: str) -> str:
@@ -555,9 +557,7 @@ def verify_message_signature(
         covered, received = inputs[label], signatures[label].text.encode()
         try:
             check_coverage(covered, now)
-            has_path = url.without_query.count("/") > 2  # without, signers differ on whether they add the "/"
-            targets = [url.without_query] if has_path else [url.without_query, url.without_query + "/"]
-            bases = [signature_base(request, covered, url, target) for target in targets]
+            bases = [signature_base(request, covered, url, target) for target in url.targets]
             for position, token in enumerate(tokens):
                 if any([hmac.compare_digest(s, received) for base in bases for s in sign_base(token, base)]):
                     if any(item.value == "content-digest" for item in covered.value):
@@ -738,8 +738,8 @@ def check_age(sent: Optional[float], window_seconds: float, now: float) -> None:
         raise Refusal("stale", "its time stamp is not understood")
     age = now - sent
     if age > window_seconds:
-        allowed = f"allowed are {window_seconds / 3600:g}"
-        raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, {allowed}; is a clock off?")
+        allowed = window_seconds / 3600
+        raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, allowed are {allowed:g}; is a clock off?")
     if age < -MAX_FUTURE_SECONDS:
         raise Refusal("stale", f"sent {-age / 60:.0f} minutes in the future; is a clock off?")
 
@@ -1861,13 +1861,11 @@ class Handler(BaseHTTPRequestHandler):
         while True:
             start = self.start
             end = self.buffer.find(b"\r\n\r\n", start + max(0, known - 3))
-            if not 0 <= end <= start + MAX_REQUEST_LINE_BYTES:  # the usual request is below all limits
-                head_end = end if end >= 0 else len(self.buffer)
+            if len(self.buffer) - start > MAX_REQUEST_LINE_BYTES + 1:
                 line_end = self.buffer.find(b"\r\n", start)
-                line_end = line_end if line_end >= 0 else head_end - self.buffer.endswith(b"\r")
-                if line_end - start > MAX_REQUEST_LINE_BYTES:
+                if not 0 <= line_end - start <= MAX_REQUEST_LINE_BYTES:
                     raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
-                if head_end - line_end > MAX_HEADER_BYTES:
+                if (end if end >= 0 else len(self.buffer)) - line_end > MAX_HEADER_BYTES:
                     raise Refusal("headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes")
             if end >= 0:
                 self.start = end + 4
@@ -2204,9 +2202,7 @@ class Receiver(ThreadingHTTPServer):
         try:
             for _ in range(most):
                 self.finish_request(*self.get_request())
-        except BlockingIOError:
-            pass  # no more are there
-        except OSError as error:
+        except OSError as error:  # mostly that there are no more
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 if LOG.admits_rejection():
                     LOG.add("ERROR", f"cannot accept a connection: {error.strerror}")
@@ -2541,7 +2537,7 @@ def sign_sample(webhook: Webhook, query: Optional[str], number: int, now: float)
         text = f'sig1=("@method" "@target-uri" "@authority" "@scheme" "@path" "date");created={int(now)}'
         covered = parse_dictionary(text)["sig1"]
         request = Request("POST", "", query, "HTTP/1.1", headers, frozenset())
-        base = signature_base(request, covered, webhook.public_url, webhook.public_url.without_query)
+        base = signature_base(request, covered, webhook.public_url, webhook.public_url.targets[0])
         headers.update({"signature-input": text, "signature": "sig1=" + sign_base(token, base)[0].decode()})
     return headers, body
 
