@@ -1341,11 +1341,12 @@ class ConfigReader:
             self.mistakes.append(f"{prefix}{name}: unknown key, the nearest known one is {nearest!r}")
         values = {}
         for name, key in keys.items():
-            values[name] = found.get(name, key.default)
-            if key.default is ... and name not in found or name in found and not key.accept(found[name]):
-                shown = describe_value(found[name]) if name in found else "nothing"
+            value = found.get(name, key.default)
+            if value is ... or name in found and not key.accept(value):
+                shown = "nothing" if value is ... else describe_value(value)
                 self.mistakes.append(f"{prefix}{name}: expected {key.expected}, found {shown}")
-                values[name] = None
+                value = None
+            values[name] = value
         return values
 
     def secrets(self, found: Any, where: str) -> tuple[str, ...]:
@@ -1378,16 +1379,13 @@ class ConfigReader:
             return ()
         if "token" in given:
             return self.secrets(given["token"], f"{where}.token")
-        where, path = f"{where}.token_file", read["token_file"] or os.devnull
+        where = f"{where}.token_file"
+        path = os.path.join(self.folder, os.path.expandvars(read["token_file"] or os.devnull))
         try:
-            path = re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], path)
-            path = os.path.join(self.folder, path)
             with open(path, encoding="utf-8-sig") as file:
                 lines = [line for line in file.read(1 << 20).split("\n") if line]
             self.warn_if_readable(path)
             return self.secrets(lines or "", where) if read["token_file"] else ()
-        except KeyError as error:
-            self.mistakes.append(f"{where}: expected a variable of the environment, found no {error}")
         except (OSError, ValueError) as error:
             self.mistakes.append(f"{where}: {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
         return ()
@@ -2239,7 +2237,7 @@ class Receiver(ThreadingHTTPServer):
     def route(self, request: Request) -> Sequence[Webhook]:
         """Return the webhooks that a request may be for, none for a path of our own. Raises Refusal: 404, 405."""
         own = request.path in OWN_PATHS
-        webhooks = [] if own else [one for one in self.config.webhooks if one.path is None or one.path == request.path]
+        webhooks = [] if own else [one for one in self.config.webhooks if one.path in (None, request.path)]
         if not own and not webhooks:
             raise Refusal("not_found", f"no webhook at {request.path[:200]!r}")
         if request.method not in (("GET", "HEAD") if own else ("POST",)):
