@@ -92,6 +92,7 @@ IDLE_THREADS = 16  # threads that are kept for jobs to come
 MAX_FUTURE_SECONDS = 15 * 60  # a sender's clock may be this much ahead
 REMEMBERED_DELIVERIES = 100_000  # of each webhook
 REJECTION_LINES_PER_SECOND = 10
+MAX_SIGNATURE_FIELD_BYTES = 8 * 1024  # Signature and Signature-Input, each: parsed before anything is proved
 MAX_LABELS = 4  # signatures tried in one Signature header
 MAX_COMPONENTS = 32  # covered by one of them
 MAX_QUERY_PARAMETERS = 100  # looked through for a covered one
@@ -403,6 +404,7 @@ def parse_item(text: str, parameters: str = "") -> Item:
     return Item(integer, text if integer is None else str(integer), found)
 
 
+@functools.lru_cache(maxsize=8)  # webhooks that share a path, and the search for a hint, ask for the same again
 def parse_dictionary(text: str) -> dict[str, Item]:
     """Parse a structured field that is a dictionary (section 4.2.2). A key that occurs twice is an error, unlike there.
 
@@ -549,6 +551,8 @@ def verify_message_signature(
     fields = [request.headers.get(name, "") for name in ("signature-input", "signature")]
     if not all(fields):
         raise SignatureError("missing or empty: signature or signature-input")
+    if max(map(len, fields)) > MAX_SIGNATURE_FIELD_BYTES:
+        raise SignatureError(f"signature or signature-input is above {MAX_SIGNATURE_FIELD_BYTES} bytes")
     inputs, signatures = map(parse_dictionary, fields)
     if max(len(inputs), len(signatures)) > MAX_LABELS:
         raise SignatureError(f"more than {MAX_LABELS} signatures")
@@ -1355,7 +1359,8 @@ class ConfigReader:
         for index, value in enumerate(values):
             problem = ""
             if not isinstance(value, str) or not value:
-                problem = f"a string that is not empty, found {describe_value(value, True)}"
+                shown = "an empty one" if value == "" else describe_value(value, True)
+                problem = f"a string that is not empty, found {shown}"
             elif value != value.strip():
                 problem = "no white space around it, found some"
             elif value.startswith("<") and value.endswith(">"):
@@ -1380,7 +1385,9 @@ class ConfigReader:
         if "token" in given:
             return self.secrets(given["token"], f"{where}.token")
         where = f"{where}.token_file"
-        path = os.path.join(self.folder, os.path.expandvars(read["token_file"] or os.devnull))
+        path = read["token_file"] or os.devnull
+        path = re.sub(r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), path)
+        path = os.path.join(self.folder, path)
         try:
             with open(path, encoding="utf-8-sig") as file:
                 lines = [line for line in file.read(1 << 20).split("\n") if line]
@@ -1440,8 +1447,7 @@ def describe_value(value: Any, secret: bool = False) -> str:
     """Say what was found: a plain value as JSON, of others and of secrets only the type."""
     if not secret and not isinstance(value, (dict, list)):
         return escape_text(json.dumps(value))[:100]
-    kinds = {dict: "an object", list: "an array", bool: "a boolean", type(None): "nothing"}
-    kinds[str] = "a string" if value else "an empty one"
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "nothing"}
     return kinds.get(type(value), "a number")
 
 
@@ -1642,7 +1648,7 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
 # ---- HTTP: strict parsing of a request --------------------------------------
 
 _REQUEST_LINE = re.compile(rf"{_TOKEN} [!-~]+ HTTP/[0-9]\.[0-9]".encode())
-_FIELD = re.compile(rf"^({_TOKEN}):[ \t]*([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
+_FIELD = re.compile(rf"^({_TOKEN}):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?")
 _CHUNK_EXTENSION = rf'[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
@@ -1663,10 +1669,10 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
         raise Refusal("malformed", "a header field is malformed: its name, a control character, or a line without CRLF")
     if len(found) > MAX_HEADER_FIELDS:
         raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
-    values = {name.lower(): value.rstrip(" \t") for name, value in found}
+    values = {name.lower(): value.strip(" \t") for name, value in found}
     again = repeated(name.lower() for name, _ in found) if len(values) < len(found) else []
     for name in again:
-        values[name] = ", ".join(value.rstrip(" \t") for other, value in found if other.lower() == name)
+        values[name] = ", ".join(value.strip(" \t") for other, value in found if other.lower() == name)
     return values, frozenset(again)
 
 
@@ -2047,7 +2053,7 @@ class Receiver(ThreadingHTTPServer):
         self.waker.setblocking(False)
         self.selector.register(woken, selectors.EVENT_READ, functools.partial(woken.recv, RECEIVE_BYTES))
         self.socket = listen_on(config.host, config.port) if inherited is None else socket.socket(fileno=inherited)
-        if not self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        if inherited is not None and not self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise OSError(errno.EINVAL, "the inherited socket does not listen")
         # HTTPServer's own way to bind looks up the host's name, which can hang.
         socketserver.BaseServer.__init__(self, self.socket.getsockname(), Handler)
@@ -2377,26 +2383,29 @@ class Provider:
 
     def fetch(self, url: str) -> dict[str, Any]:
         """Fetch a JSON object."""
-        status, data = exchange("GET", url, {"Accept": JSON}, b"", PROVIDER_SECONDS / 2)
-        if status != 200:
-            raise ValueError(f"status {status}, expected 200")
+        status, data = exchange("GET", url, {"Accept": JSON}, None, PROVIDER_SECONDS / 2)
+        if status != 200 or len(data) > MAX_ANSWER_BYTES:
+            raise ValueError(f"status {status} and {len(data)} bytes, expected 200 and at most {MAX_ANSWER_BYTES}")
         return parse_json_object(data)
 
 
-def exchange(method: str, url: str, headers: Mapping[str, str], body: bytes, seconds: float) -> tuple[int, bytes]:
-    """Send a request; return status and body of the answer. No redirects; bounded in size, and in time as a whole.
+def exchange(
+    method: str, url: str, headers: Mapping[str, str], body: Optional[bytes], seconds: float
+) -> tuple[int, bytes]:
+    """Send a request; return status and body of the answer, of which it reads MAX_ANSWER_BYTES and one. No redirects.
 
     Raises:
-        OSError, ValueError, http.client.HTTPException: there is no answer, or a longer one.
+        OSError, ValueError, http.client.HTTPException: there is no answer, or none in time.
     """
     parts, host = split_url(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(host, parts.port, timeout=seconds)
     with contextlib.closing(connection):
         connection.connect()
-        opened = connection.sock
+        opened, is_late = connection.sock, threading.Event()
 
         def hang_up() -> None:  # the socket's own time-out begins anew with every byte
+            is_late.set()
             with contextlib.suppress(OSError):
                 opened.shutdown(socket.SHUT_RDWR)
 
@@ -2409,8 +2418,8 @@ def exchange(method: str, url: str, headers: Mapping[str, str], body: bytes, sec
             data = answer.read(MAX_ANSWER_BYTES + 1)
         finally:
             watchdog.cancel()
-    if len(data) > MAX_ANSWER_BYTES:
-        raise ValueError(f"status {answer.status} and more than {MAX_ANSWER_BYTES} bytes")
+            if is_late.is_set():
+                raise TimeoutError(f"no whole answer in {seconds:g} s") from None
     return answer.status, data
 
 

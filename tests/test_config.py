@@ -564,6 +564,10 @@ class TokenFiles(Called):
         self.assert_names(lines, f"{HOOK}.token_file")
         self.assertIn("TESTS_FOLDER", lines[0])
 
+    def test_a_dollar_without_braces_is_part_of_the_name(self):
+        self.token_file(SECRET.encode(), "token$HOME")
+        self.assertEqual(self.check(hook(token=NOTHING, token_file="token$HOME"))[0], 0)
+
     def test_one_token_a_line_with_or_without_a_line_feed_at_the_end(self):
         for content in (
             b"token-1",

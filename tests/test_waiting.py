@@ -12,6 +12,7 @@ import time
 import unittest
 from pathlib import Path
 
+import central_webhook_client as product
 from tests.support import (
     PATH,
     PROGRAM,
@@ -184,6 +185,59 @@ class Floods(unittest.TestCase):
     def test_bodies_in_chunks_of_one_byte_hold_up_nobody(self):
         head = raw_request(headers={"Transfer-Encoding": "chunked"}, length=False)
         self.flood(head + b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n")
+
+
+class Hostile(unittest.TestCase):
+    """Far above every limit of size, so that anything but linear time takes for ever."""
+
+    def test_header_fields_are_read_in_linear_time(self):
+        for shape in (b"X:%b\0", b"X:%b\r", b"X: a%b\0", b"%b\0:", b"X%b\n", b"X: \t%b\x7f"):
+            for piece in (b" ", b"\t", b" a", b"a", b"a:", b"a: "):
+                with self.subTest(shape=shape, piece=piece):
+                    with self.assertRaises(product.Refusal):
+                        product.parse_fields(shape % (piece * 500_000) + b"\r\n")
+
+    def test_signatures_are_bounded_before_they_are_parsed(self):
+        url = product.parse_public_url("https://www.example.com/hook")
+        for given, signature in (("a=(" + "b " * 5000 + ")", "a=:AAAA:"), ("a=()", "a=:AAAA:" + ";b" * 5000)):
+            headers = {"signature-input": given, "signature": signature}
+            request = product.Request("POST", "/hook", None, "HTTP/1.1", headers, frozenset())
+            with self.assertRaisesRegex(product.SignatureError, "above"):
+                product.verify_message_signature(request, ["token"], url, 0)
+
+
+class Exchanges(unittest.TestCase):
+    """The HTTP client for samples and OIDC providers."""
+
+    def serve(self, answer):
+        """Answer one connection with these bytes and then nothing; return its URL."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+
+        def run():
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                self.addCleanup(connection.close)
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=run)
+        self.addCleanup(thread.join)
+        thread.start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+    def test_an_answer_that_is_not_whole_in_time_is_none(self):
+        head = b"HTTP/1.1 200 OK\r\n"
+        for answer in (b"", head, head + b"Content-Length: 100\r\n\r\n{}", head + b"\r\n{}"):
+            with self.subTest(answer):
+                with self.assertRaisesRegex(OSError, "no whole answer|timed out"):
+                    product.exchange("GET", self.serve(answer), {}, None, 0.3)
+
+    def test_of_a_long_answer_the_beginning_is_returned(self):
+        most = product.MAX_ANSWER_BYTES
+        answer = b"HTTP/1.1 500 Error\r\nContent-Length: 9999999\r\n\r\n" + b"x" * (most + 100)
+        status, data = product.exchange("POST", self.serve(answer), {}, b"{}", 10)
+        self.assertEqual((status, data), (500, b"x" * (most + 1)))
 
 
 class LineEnds(unittest.TestCase):
