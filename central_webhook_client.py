@@ -437,14 +437,18 @@ def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
     return parts, parts.hostname  # which urlsplit has made lower case
 
 
+def bracket(host: str) -> str:
+    """Write a host as it stands in a URL: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def parse_public_url(url: str) -> PublicUrl:
     """Return the parts of a public URL. Raises ValueError with what is wrong with it."""
     parts, hostname = split_url(url)
     if not re.fullmatch(r"[\x21-\x7e]+", url) or "@" in parts.netloc or "#" in url:
         raise ValueError("expected an http or https URL in ASCII without user and fragment")
     default_port = {"http": 80, "https": 443}[parts.scheme]
-    host = f"[{hostname}]" if ":" in hostname else hostname
-    authority = host if parts.port in (None, default_port) else f"{host}:{parts.port}"
+    authority = bracket(hostname) + ("" if parts.port in (None, default_port) else f":{parts.port}")
     target = url.partition("?")[0]
     targets = (target,) if parts.path else (target, target + "/")
     return PublicUrl(targets, parts.scheme, authority, parts.path or "/")
@@ -869,12 +873,11 @@ class Log:
 
     def admits_rejection(self) -> bool:
         """Tell whether one more rejection may have its line: so many a second, the others are summed up."""
-        self.sum_up_rejections()
         self.rejections += 1
         return self.rejections <= REJECTION_LINES_PER_SECOND
 
     def sum_up_rejections(self) -> None:
-        """Write the line for those of the last second that had none."""
+        """Write the line for those of the last second that had none; to be called several times a second."""
         second = int(time.monotonic())
         if second != self.second:
             if self.rejections > REJECTION_LINES_PER_SECOND:
@@ -1230,7 +1233,6 @@ class Config(NamedTuple):
     request_timeout_seconds: float
     max_connections: int
     webhooks: tuple[Webhook, ...]
-    warnings: tuple[str, ...] = ()
 
 
 OWN_PATHS = ("/health", "/metrics")
@@ -1330,7 +1332,6 @@ class ConfigReader:
     def __init__(self, folder: str) -> None:
         self.folder, self.has_secret = folder, False
         self.mistakes: list[str] = []
-        self.warnings: list[str] = []
 
     def section(self, found: Any, where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
         """Return the values of all `keys`, the default where one is missing, None where it is wrong."""
@@ -1374,7 +1375,7 @@ class ConfigReader:
     def warn_if_readable(self, path: str) -> None:
         """Warn if others than its owner can read a file with secrets."""
         if os.name == "posix" and os.stat(path).st_mode & (stat.S_IRGRP | stat.S_IROTH):
-            self.warnings.append(f"{path}: holds a secret, but group or others can read it (chmod 600)")
+            LOG.add("WARNING", f"{path}: holds a secret, but group or others can read it (chmod 600)")
 
     def tokens(self, read: dict[str, Any], given: Mapping[str, Any], where: str) -> tuple[str, ...]:
         """Return the tokens, from the configuration or from a file, one a line; ${VARIABLE} in its path is expanded."""
@@ -1384,15 +1385,16 @@ class ConfigReader:
             return ()
         if "token" in given:
             return self.secrets(given["token"], f"{where}.token")
-        where = f"{where}.token_file"
-        path = read["token_file"] or os.devnull
+        where, path = f"{where}.token_file", read["token_file"]
+        if path is None:  # a mistake that has been named
+            return ()
         path = re.sub(r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), path)
         path = os.path.join(self.folder, path)
         try:
             with open(path, encoding="utf-8-sig") as file:
                 lines = [line for line in file.read(1 << 20).split("\n") if line]
             self.warn_if_readable(path)
-            return self.secrets(lines or "", where) if read["token_file"] else ()
+            return self.secrets(lines or "", where)
         except (OSError, ValueError) as error:
             self.mistakes.append(f"{where}: {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
         return ()
@@ -1479,19 +1481,16 @@ def read_config(text: bytes, path: str = "") -> Config:
     if reader.mistakes:
         raise ConfigError(*reader.mistakes)
     web["port"], web["log_file"] = int(web["port"]), web["log_file"] and os.path.join(reader.folder, web["log_file"])
-    return Config(**web, webhooks=tuple(webhooks), warnings=tuple(reader.warnings))
+    return Config(**web, webhooks=tuple(webhooks))
 
 
 def load_config(path: str) -> Config:
-    """Read and check a configuration file, and log what is doubtful in it. Raises ConfigError."""
+    """Read and check a configuration file. Raises ConfigError."""
     try:
         with open(path, "rb") as file:
-            config = read_config(file.read(), path)
+            return read_config(file.read(), path)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
-    for warning in config.warnings:
-        LOG.add("WARNING", warning)
-    return config
 
 
 def describe_webhook(webhook: Webhook) -> str:
@@ -1992,19 +1991,16 @@ class Metrics:
 
     def render(self, names: Sequence[str], in_flight: int) -> bytes:
         """Return the text that Prometheus reads; all series of the webhooks called `names` exist."""
-
-        def label(name: str) -> str:
-            return 'webhook="' + name.replace("\\", r"\\").replace('"', r"\"") + '"'
-
+        label = functools.partial(json.dumps, ensure_ascii=False)  # quotes and escapes as is done there
         series = "central_webhook_deliveries_total", "central_webhook_last_accepted_timestamp_seconds"
         every = itertools.product(["", *names], [*REFUSALS, "accepted", "duplicate"])
         counts = sorted({**dict.fromkeys(every, 0), **self.results}.items())
         accepted = sorted({**dict.fromkeys(names, 0.0), **self.last_accepted}.items())
         lines = [
             f"# TYPE {series[0]} counter",
-            *(f'{series[0]}{{{label(name)},result="{result}"}} {count}' for (name, result), count in counts),
+            *(f'{series[0]}{{webhook={label(name)},result="{result}"}} {count}' for (name, result), count in counts),
             f"# TYPE {series[1]} gauge",
-            *(f"{series[1]}{{{label(name)}}} {moment:.3f}" for name, moment in accepted),
+            *(f"{series[1]}{{webhook={label(name)}}} {moment:.3f}" for name, moment in accepted),
             "# TYPE central_webhook_body_bytes_total counter",
             f"central_webhook_body_bytes_total {self.body_bytes}",
             "# TYPE central_webhook_requests_in_flight gauge",
@@ -2557,8 +2553,7 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     if not url and not config.port:
         return fail("--send-sample: port 0 is any free port, so give the URL", EX_USAGE)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    host = f"[{host}]" if ":" in host else host
-    url = url or f"http://{host}:{config.port}{matching[0].path or '/centralwebhook'}"
+    url = url or f"http://{bracket(host)}:{config.port}{matching[0].path or '/centralwebhook'}"
     headers, body = sign_sample(matching[0], url.partition("?")[2] or None, 1, time.time())
     for line in header_lines:
         field, colon, value = line.partition(":")
@@ -2673,7 +2668,8 @@ def start(config: Config, path: str, render: Render) -> int:
         reason, *_ = str(getattr(error, "strerror", None) or error).split(" (")  # what follows repeats the address
         return fail(f"{config.host} port {config.port}: {reason}", EX_CANNOT_SERVE)
     address: Any = receiver.server_address
-    shown = f"{address[0]} port {address[1]}" if isinstance(address, tuple) else os.fsdecode(address)
+    shown = os.fsdecode(address) if isinstance(address, (str, bytes)) else "{} port {}".format(*address)
+    shown += f" (http://{bracket(address[0])}:{address[1]})" if isinstance(address, tuple) else ""
     webhooks = ", ".join(f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks)
     log_file = f", {config.log_file}" if config.log_file else ""
     LOG.add("INFO", f"{PROGRAM} {VERSION} listens on {shown}; webhooks: {webhooks}; output: stdout{log_file}")
