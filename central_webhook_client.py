@@ -2101,10 +2101,8 @@ class Receiver(ThreadingHTTPServer):
         self.watch_listener(not self.stopping)
         self.add_thread()
         LOG.sum_up_rejections()
-        late = [one for one in self.waiting if one[1].deadline <= now]
-        self.waiting = [one for one in self.waiting if one[1].deadline > now]
-        for handler, _ in late:
-            self.go_on(handler, f"stuck for {self.outputs.patience_seconds:g} s")
+        while self.waiting and self.waiting[0][1].deadline <= now:
+            self.go_on(self.waiting.pop(0)[0], f"stuck for {self.outputs.patience_seconds:g} s")
         for handler in [*self.connections, *self.lingering]:
             if handler.deadline <= now and handler.wanted is None:
                 self.go_on(handler, Refusal("timeout", "the request was not complete in time"))
@@ -2572,9 +2570,11 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
 
 def run_demo(render: Render) -> int:
     """Start a receiver on a free port of this machine, send it samples and a forgery, show what a user would see."""
-    webhook = {"name": "demo", "token": base64.b64encode(os.urandom(15)).decode()}
-    settings = {"webclient_info": {"host": "localhost", "port": 0}, "central_info": {"webhook": webhook}}
-    config = read_config(json.dumps(settings).encode())
+    settings = b"""{
+        "webclient_info": {"host": "localhost", "port": 0},
+        "central_info": {"webhook": {"name": "demo", "token": "%b"}}
+    }"""
+    config = read_config(settings % base64.b64encode(os.urandom(15)))
     receiver = Receiver(config, Outputs(None, config.request_timeout_seconds), render)
     threading.Thread(target=receiver.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{receiver.server_address[1]}/centralwebhook"
