@@ -2236,8 +2236,8 @@ class Receiver(ThreadingHTTPServer):
 
     def route(self, request: Request) -> Sequence[Webhook]:
         """Return the webhooks that a request may be for, none for a path of our own. Raises Refusal: 404, 405."""
-        own = request.path in OWN_PATHS
-        webhooks = [] if own else [one for one in self.config.webhooks if one.path in (None, request.path)]
+        own, paths = request.path in OWN_PATHS, (None, request.path)
+        webhooks = [] if own else [one for one in self.config.webhooks if one.path in paths]
         if not own and not webhooks:
             raise Refusal("not_found", f"no webhook at {request.path[:200]!r}")
         if request.method not in (("GET", "HEAD") if own else ("POST",)):

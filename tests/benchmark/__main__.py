@@ -320,7 +320,7 @@ def measure_keep(bench, kinds):
 
 def measure_new(bench, kinds):
     """A new connection for each delivery, which the sender closes."""
-    plain_load(bench, kinds, "new", "open", "new")
+    plain_load(bench, kinds, "new", "open", "new", latency=True)
 
 
 def measure_close(bench, kinds):
@@ -444,6 +444,7 @@ ROWS = [
     Row('deliveries/s: new connection each, "Connection: close"', "close rate", 3.0, at_least=True, digits=0),
     Row("latency p50 ms, 8 connections", "keep p50"),
     Row("latency p99 ms, 8 connections", "keep p99", 1.0),
+    Row("latency p99 ms, a new connection each", "new p99", 1.0),
     Row("behind our nginx: CPU s per 10,000", "nginx ours cpu"),
     Row("behind our nginx: deliveries/s", "nginx ours rate", 3.0, at_least=True, digits=0),
     Row("behind our nginx: CPU s of nginx itself", "nginx ours proxy"),
