@@ -290,7 +290,7 @@ def json_text(body: bytes) -> Optional[str]:
         return None
 
 
-def repeated(values: Iterable[str]) -> list[str]:
+def duplicates(values: Iterable[str]) -> list[str]:
     """Return the values that are there more than once, sorted."""
     return sorted(value for value, count in collections.Counter(values).items() if count > 1)
 
@@ -302,7 +302,7 @@ def load_json(text: str) -> tuple[Any, list[str]]:
     def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            twice.extend(repeated(name for name, _ in pairs))
+            twice.extend(duplicates(name for name, _ in pairs))
         return value
 
     def to_integer(digits: str) -> Any:  # of numbers so long that Python refuses to make an int of them, a float
@@ -412,10 +412,12 @@ def parse_dictionary(text: str) -> dict[str, Item]:
         SignatureError: the field is malformed.
     """
     text = text.strip(" ")
-    if not re.fullmatch(_SF_DICTIONARY, text):
-        raise SignatureError("a structured field is malformed")
+    match = re.match(_SF_DICTIONARY, text)  # takes as much as is well-formed
+    end = match.end() if match else 0
+    if not match or end < len(text):
+        raise SignatureError(f"a structured field is malformed after character {end}")
     found = re.findall(_SF_MEMBER, text)
-    for key in repeated(key for key, _, _ in found):
+    for key in duplicates(key for key, _, _ in found):
         raise SignatureError(f"{key!r} occurs twice in a structured field")
     return {key: parse_item(value or "?1", parameters) for key, value, parameters in found}
 
@@ -1060,15 +1062,15 @@ class Outputs:
         try:
             while start < len(data):
                 left = 1000 * (deadline - time.monotonic()) if deadline else 0
-                is_ready = not self.poll or bool(self.poll.poll(max(0, int(left))))
-                try:
-                    start += os.write(self.stdout, data[start : start + size]) if is_ready else 0
-                except BlockingIOError:
-                    is_ready = False
-                    time.sleep(0.01 if left > 0 else 0)
-                if not is_ready and left <= 0:
-                    if deadline:
-                        raise slow
+                with contextlib.suppress(BlockingIOError):  # "ready", but not for as much
+                    if not self.poll or self.poll.poll(max(0, int(left))):
+                        start += os.write(self.stdout, data[start : start + size])
+                        continue
+                if left > 0:
+                    time.sleep(0.01)
+                elif deadline:
+                    raise slow
+                else:
                     return False
             return True
         except OSError as error:
@@ -1436,7 +1438,7 @@ class ConfigReader:
         demanded = [scheme.header, *scheme.signed_headers] if scheme else ["signature", "signature-input"]
         demanded += ["authorization"] if provider else []
         demanded += [api_key.name] if api_key and api_key.place == "header" else []
-        for header in repeated(demanded):
+        for header in duplicates(demanded):
             mistakes.append(f"{where}: two demands on the header {header}, which can hold only one")
         window = (read["replay_window_hours"] or 0) * 3600 if kind in ("central", "new-central") else 0
         path = read["path"] or (url.path if url else None)
@@ -1474,7 +1476,7 @@ def read_config(text: bytes, path: str = "") -> Config:
         webhooks = [reader.webhook(one, f"{where}[{index}]", len(found) > 1) for index, one in enumerate(found)]
     else:
         webhooks = [reader.webhook(found, where, False)]
-    for name in repeated(webhook.name for webhook in webhooks if webhook.name):
+    for name in duplicates(webhook.name for webhook in webhooks if webhook.name):
         reader.mistakes.append(f"{where}: expected a different name for each, found {json.dumps(name)} twice")
     if reader.has_secret and path:
         reader.warn_if_readable(path)
@@ -1669,7 +1671,7 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     if len(found) > MAX_HEADER_FIELDS:
         raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
     values = {name.lower(): value.strip(" \t") for name, value in found}
-    again = repeated(name.lower() for name, _ in found) if len(values) < len(found) else []
+    again = duplicates(name.lower() for name, _ in found) if len(values) < len(found) else []
     for name in again:
         values[name] = ", ".join(value.strip(" \t") for other, value in found if other.lower() == name)
     return values, frozenset(again)
