@@ -1620,6 +1620,7 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
     """Return a hint why the signature of a request was not accepted, "" without one. It names no secret."""
     is_classic, is_new = CENTRAL.header in request.headers, "signature-input" in request.headers
     body, is_small = request.body, len(request.body) < 1 << 16  # otherwise hints would cost too much
+    spellings = [*respell(body)] if is_small else []
     for webhook in webhooks:
         if is_new and not is_classic and webhook.type == "central":
             return 'looks like new Central, which needs "type": "new-central"'
@@ -1629,10 +1630,10 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
         attempts = [
             ("an older token would match, which a reload has removed", webhook.former_tokens, [body]),
             ("the token with white space behind it would match: mend it at the sender", spaced, [body]),
-            ("the body would match if spelled otherwise: a proxy changed it", webhook.tokens, respell(body)),
-            *((f"the token of webhook {one.name!r} would match", one.tokens, [body]) for one in everywhere),
+            ("the body would match if spelled otherwise: a proxy changed it", webhook.tokens, spellings),
+            *((f"the token of webhook {one.name!r} would match", one.tokens, [body]) for one in everywhere if is_small),
         ]
-        for hint, tokens, bodies in attempts if is_small else attempts[:2]:
+        for hint, tokens, bodies in attempts:
             for spelling in bodies:
                 with contextlib.suppress(SignatureError):
                     changed = Request(**{**vars(request), "body": spelling})
