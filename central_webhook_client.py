@@ -71,7 +71,7 @@ if sys.platform != "win32":
 VERSION = "1.0.0"
 PROGRAM = "central_webhook_client.py"
 EX_CANNOT_SERVE, EX_USAGE, EX_CONFIG = 1, 2, 78  # exit codes; 78 is that of sysexits.h
-STDOUT = 1
+STDOUT, STDERR = 1, 2
 JSON = "application/json"
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # of RFC 9110 section 5.6.2: methods, names of header fields
 _HEADER_NAME = re.compile(_TOKEN)
@@ -206,6 +206,7 @@ def verify_signature(
 HEADER_SIGNATURES = {  # a sender of this kind is one line: header, prefix, encoding, signed headers
     "central": CENTRAL,
     "ip-fabric": HeaderSignature("x-ipf-signature", "", binascii.hexlify, ()),
+    "mist": HeaderSignature("x-mist-signature-v2", "", binascii.hexlify, ()),  # X-Mist-Signature is SHA-1: ignored
     "bracken": HeaderSignature("authorization", "HMACSHA256 ", base64.b64encode, ()),
     "entrupy": HeaderSignature("entrupy-signature", "SHA256:", base64.b64encode, ()),
 }
@@ -283,7 +284,7 @@ _UNSAFE = re.compile(
 def json_text(body: bytes) -> Optional[str]:
     """Return the body as text if it is JSON in UTF-8 (RFC 8259), None otherwise."""
     try:
-        text = body.decode()
+        text = body.decode("utf-8-sig")  # a BOM is not part of the JSON, RFC 8259 section 8.1
         json_only = text.strip(" \t\r\n")
         return text if _VALIDATOR.raw_decode(json_only)[1] == len(json_only) else None
     except (ValueError, RecursionError):
@@ -499,8 +500,8 @@ def check_coverage(covered: Item, now: float) -> None:
     """Check what a signature covers and claims; `now` is in epoch seconds.
 
     Raises:
-        SignatureError: it leaves out the method, the target or a time; has an unknown parameter, another algorithm or a
-            component twice; or has expired.
+        SignatureError: it leaves out the method, the target or a time; has a parameter of the wrong type, another
+            algorithm or a component twice; or has expired.
     """
     if not isinstance(covered.value, list) or not all(isinstance(item.value, str) for item in covered.value):
         raise SignatureError("a member of signature-input is no list of strings")
@@ -510,8 +511,8 @@ def check_coverage(covered: Item, now: float) -> None:
     if len(names) < len(covered.value):
         raise SignatureError("a component is covered twice")
     for name, value in values.items():
-        if not isinstance(value, _SIGNATURE_PARAMETERS.get(name, ())):
-            raise SignatureError(f"the signature parameter {name!r} is unknown or of the wrong type")
+        if not isinstance(value, _SIGNATURE_PARAMETERS.get(name, object)):  # unknown ones are part of the base
+            raise SignatureError(f"the signature parameter {name!r} is of the wrong type")
     if values.get("alg", "hmac-sha256") != "hmac-sha256":
         raise SignatureError(f"the algorithm is {values['alg']!r}, expected 'hmac-sha256'")
     if values.get("expires", now) < now:
@@ -637,6 +638,9 @@ def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
     for jwk in jwks["keys"]:
         if not isinstance(jwk, dict) or jwk.get("kty") != "RSA" or jwk.get("use", "sig") != "sig":
             continue
+        operations = jwk.get("key_ops", ["verify"])  # RFC 7517 section 4.3
+        if not isinstance(operations, list) or "verify" not in operations:
+            continue
         try:
             n, e = (int.from_bytes(decode_base64url(str(jwk.get(name, ""))), "big") for name in ("n", "e"))
         except ValueError:
@@ -670,10 +674,12 @@ def verify_access_token(
     # are the classic forgeries (RFC 8725 section 3.1). Keys come from the provider only, never from jku, x5u or jwk.
     if not isinstance(algorithm, str) or algorithm not in RSA_ALGORITHMS:
         raise Refusal("oidc", f"the access token's alg is {str(algorithm)[:20]!r}, expected RS256, RS384 or RS512")
-    if "crit" in header or not isinstance(kid, (str, type(None))):
-        raise Refusal("oidc", "the access token has critical extensions, or a kid that is no string")
+    if "crit" in header or not isinstance(header.get("kid", ""), str):
+        raise Refusal("oidc", "the access token has critical extensions, or a kid that is not a string")
     issuer, keys = keys_for(kid, algorithm)
     signed = f"{parts[0]}.{parts[1]}".encode()
+    if not keys:
+        raise Refusal("oidc", f"unknown kid: the provider has no {algorithm} key called {describe_claim(kid)}")
     if len(keys) > MAX_KEYS_TRIED or not any(is_rsa_signature(signed, signature, algorithm, key) for key in keys):
         raise Refusal("oidc", f"the access token's signature fits none of {len(keys)} keys (at most {MAX_KEYS_TRIED})")
     check_claims(claims, oidc, oidc.issuer or issuer, now)
@@ -689,12 +695,21 @@ def check_claims(claims: dict[str, Any], oidc: Oidc, issuer: str, now: float) ->
         if late > TOKEN_LEEWAY_SECONDS:
             raise Refusal("oidc", f"the access token's {name} is off by {late:.0f} s")
     audience = claims.get("aud")
+    audiences = audience if isinstance(audience, list) else [audience]
+    clients = [claims[name] for name in ("azp", "client_id", "appid", "cid") if name in claims]  # cid: Okta
     if claims.get("iss") != issuer:
-        raise Refusal("oidc", f"the access token is of another issuer, expected {issuer!r}")
-    if oidc.audience is not None and oidc.audience not in (audience if isinstance(audience, list) else [audience]):
-        raise Refusal("oidc", "the access token is for another audience")
-    if oidc.client_id is not None and oidc.client_id not in [claims.get(n) for n in ("azp", "client_id", "appid")]:
-        raise Refusal("oidc", "the access token is of another client")
+        raise Refusal("oidc", f"the access token's iss is {describe_claim(claims.get('iss'))}, expected {issuer!r}")
+    if oidc.audience is not None and oidc.audience not in audiences:
+        found = describe_claim(audience)
+        raise Refusal("oidc", f"the access token's aud (audience) is {found}, expected {oidc.audience!r}")
+    if oidc.client_id is not None and oidc.client_id not in clients:
+        found = describe_claim(clients)
+        raise Refusal("oidc", f"the access token's client is {found}, expected {oidc.client_id!r}")
+
+
+def describe_claim(value: Any) -> str:
+    """Show a claim of a token whose signature is verified, shortened."""
+    return json.dumps(value)[:200]
 
 
 # ---- Recent and new ---------------------------------------------------------
@@ -703,7 +718,7 @@ _ISO_8601 = re.compile(
     r"([0-9]{4})-?([0-9]{2})-?([0-9]{2})[Tt ]([01][0-9]|2[0-3]):?([0-5][0-9]):?([0-5][0-9]|60)"  # 60: a leap second
     r"(?:[.,]([0-9]{1,20}))? ?(?:[Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9])?)?"
 )
-_EPOCH = re.compile(r"([0-9]{9,11}(?:\.[0-9]{1,9})?)|([0-9]{12,14})")
+_EPOCH = re.compile(r"[0-9]{9,11}(?:\.[0-9]{1,9})?|[0-9]{12,20}")
 
 
 @functools.lru_cache(maxsize=64)  # the alerts of a burst share their seconds
@@ -711,13 +726,15 @@ def parse_delivery_timestamp(text: str) -> Optional[float]:
     """Return the epoch seconds of an X-Central-Delivery-Timestamp, None if it is not understood.
 
     The vendor documents ISO 8601 with an offset; a fraction, `Z`, no offset (UTC), epoch seconds and milliseconds are
-    accepted too, since nobody has published what is on the wire.
+    accepted too, and so are microseconds, nanoseconds, an HTTP-date and Go's `2016-07-12 13:14:19 +0000 UTC`, since
+    nobody has published what is on the wire.
     """
-    epoch, match = _EPOCH.fullmatch(text), _ISO_8601.fullmatch(text)
-    if epoch:
-        return float(epoch[1]) if epoch[1] else float(epoch[2]) / 1000
+    if _EPOCH.fullmatch(text):
+        digits = len(text.partition(".")[0])  # seconds have 9 to 11, ms 12 to 14, us 15 to 17, ns 18 to 20
+        return float(text) / 1000.0 ** ((digits - 9) // 3)
+    match = _ISO_8601.fullmatch(re.sub(" UTC$", "", text))  # Go writes "+0000 UTC"
     if not match:
-        return None
+        return parse_http_date(text)
     year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
     try:
         moment = datetime(int(year), int(month), int(day), int(hour), int(minute), tzinfo=timezone.utc)
@@ -900,10 +917,15 @@ class Log:
 
 
 def print_error(text: str) -> None:
-    """Print a line to stderr. That nobody reads it, or that it is closed, is no reason to stop."""
-    if sys.stderr:
-        with contextlib.suppress(OSError, ValueError):
-            print(text, file=sys.stderr, flush=True)
+    """Write a line to stderr. Ignore errors: a closed stderr must not stop the receiver.
+
+    Written past the buffer of sys.stderr: a thread that waits for a stalled reader would hold the lock of that buffer,
+    and the interpreter waits for the lock at exit.
+    """
+    data = (text + "\n").encode(errors="backslashreplace")
+    with contextlib.suppress(OSError):
+        while sys.stderr and data:
+            data = data[os.write(STDERR, data) :]
 
 
 LOG = Log()
@@ -1328,6 +1350,13 @@ OIDC_KEYS = {
 }
 
 
+_PLACEHOLDER = re.compile(  # what templates and examples leave where a secret belongs
+    r"<.*>|\$\{.*\}|\$[a-z_]\w*|\{\{.*\}\}|%\w+%|(?:change|replace)[-_ ]?(?:me|this|it)|(?:your|my|the)[_ ].*[_ ]here"
+    r"|(?:insert|enter|put)[_ ].*[_ ]here|your[_ ](?:\w+[_ ])*(?:token|secret|key|password)|to-?do|fixme|x{3,}",
+    re.IGNORECASE | re.ASCII,
+)
+
+
 class ConfigReader:
     """Reads typed values out of a parsed configuration. A class because it gathers every mistake instead of raising."""
 
@@ -1366,8 +1395,8 @@ class ConfigReader:
                 problem = f"a string that is not empty, found {shown}"
             elif value != value.strip():
                 problem = "no white space around it, found some"
-            elif value.startswith("<") and value.endswith(">"):
-                problem = "the real value, found the placeholder of the example"
+            elif _PLACEHOLDER.fullmatch(value):
+                problem = "the real value, found a placeholder"
             elif re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
                 problem = "text, found a control character or a surrogate"
             if problem:
@@ -1390,11 +1419,15 @@ class ConfigReader:
         where, path = f"{where}.token_file", read["token_file"]
         if path is None:  # a mistake that has been named
             return ()
+        unset = [name for name in re.findall(r"\$\{(\w+)\}", path) if name not in os.environ]
+        if unset:
+            self.mistakes.append(f"{where}: expected a path, found {path}: the variable {unset[0]} is not set")
+            return ()
         path = re.sub(r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), path)
         path = os.path.join(self.folder, path)
         try:
             with open(path, encoding="utf-8-sig") as file:
-                lines = [line for line in file.read(1 << 20).split("\n") if line]
+                lines = [line for line in file.read(1 << 20).split("\n") if line and line[0] != "#"]
             self.warn_if_readable(path)
             return self.secrets(lines or "", where)
         except (OSError, ValueError) as error:
@@ -1653,6 +1686,7 @@ _REQUEST_LINE = re.compile(rf"{_TOKEN} [!-~]+ HTTP/[0-9]\.[0-9]".encode())
 _FIELD = re.compile(rf"^({_TOKEN}):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?")
+_ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://([^/?#]+)/?((?<=/).*|\?.*)?")  # RFC 9112 section 3.2.2
 _CHUNK_EXTENSION = rf'[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
 _CHUNK_LINE = f"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*".encode()  # RFC 9112 section 7.1
 
@@ -1692,9 +1726,10 @@ def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise Refusal("version", f"{version}, expected HTTP/1.0 or HTTP/1.1")
     if target[0] != "/" and "://" in target:  # section 3.2.2: the absolute form must be accepted
-        target = re.sub("^[^:]+://[^/?]*/?", "/", target)
-    if target[0] != "/":
-        raise Refusal("malformed", "the target of the request is no path")
+        absolute = _ABSOLUTE_FORM.fullmatch(target)
+        target = "/" + (absolute[2] or "") if absolute and _HOST.fullmatch(absolute[1]) else ""
+    if target[:1] != "/" or "#" in target:
+        raise Refusal("malformed", "the target of the request is neither a path nor an absolute URL without fragment")
     path, mark, query = target.partition("?")
     return method, path, query if mark else None, version
 
@@ -1942,7 +1977,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, request: Request, status: int, body: bytes, kind: str = JSON, *extra: str) -> bool:
         """Send a reply; return whether another request may follow."""
-        options = request.headers.get("connection", "").lower()
+        options = [option.strip() for option in request.headers.get("connection", "").lower().split(",")]
         close = "close" in options or self.server.stopping or status >= 400 and status != 401
         close = close or request.version == "HTTP/1.0" and "keep-alive" not in options
         if LOG.is_verbose:
@@ -1961,7 +1996,7 @@ class Handler(BaseHTTPRequestHandler):
             hint = explain(request, webhooks, server.config.webhooks) if refusal.reason == "signature" else ""
             peer, shown = server.peer_of(self.client_address, request), f" for {name!r}" if name else ""
             LOG.add("WARNING", f"{status} to {peer}{shown}: {refusal.reason}: {refusal}{hint and f' ({hint})'}")
-        scheme = "Bearer" if any(webhook.provider for webhook in webhooks) else "HMAC-SHA256"
+        scheme = 'Bearer realm="central webhook"' if any(webhook.provider for webhook in webhooks) else "HMAC-SHA256"
         allow = "GET, HEAD" if request.path in OWN_PATHS else "POST"
         extra = {401: [f"WWW-Authenticate: {scheme}"], 405: [f"Allow: {allow}"], 503: ["Retry-After: 1"]}
         return self.reply(request, status, json.dumps({"error": error}).encode(), JSON, *extra.get(status, ()))
@@ -2000,12 +2035,16 @@ class Metrics:
         counts = sorted({**dict.fromkeys(every, 0), **self.results}.items())
         accepted = sorted({**dict.fromkeys(names, 0.0), **self.last_accepted}.items())
         lines = [
+            f"# HELP {series[0]} Requests by webhook and result; an empty webhook is none of those configured.",
             f"# TYPE {series[0]} counter",
             *(f'{series[0]}{{webhook={label(name)},result="{result}"}} {count}' for (name, result), count in counts),
+            f"# HELP {series[1]} Time of the last accepted delivery, 0 before the first.",
             f"# TYPE {series[1]} gauge",
             *(f"{series[1]}{{webhook={label(name)}}} {moment:.3f}" for name, moment in accepted),
+            "# HELP central_webhook_body_bytes_total Bytes of the bodies received.",
             "# TYPE central_webhook_body_bytes_total counter",
             f"central_webhook_body_bytes_total {self.body_bytes}",
+            "# HELP central_webhook_requests_in_flight Requests that are being handled.",
             "# TYPE central_webhook_requests_in_flight gauge",
             f"central_webhook_requests_in_flight {in_flight}\n",
         ]
@@ -2519,6 +2558,7 @@ SAMPLES = """{
         "summary": "This is a sample, sent with --send-sample"
     },
     "ip-fabric": {"type": "snapshot", "action": "discover", "status": "completed", "requester": "sample", "test": true},
+    "mist": {"topic": "alarms", "events": [{"type": "device_down", "site_id": "sample-site", "severity": "critical"}]},
     "bracken": {"event": "Module_Complete", "username": "sample-user"},
     "entrupy": {"event": "session.completed", "id": "sample"}
 }"""  # shaped like what the vendors document; times are added when sent

@@ -298,3 +298,18 @@ def run_at_once(*runs, **options):
             stack.callback(processes[-1].kill)
         said = [process.communicate(timeout=30) for process in processes]
         return [(process.returncode, *texts) for process, texts in zip(processes, said)]
+
+
+@contextlib.contextmanager
+def captured_stderr():
+    """Collect what this process writes to its descriptor 2; the value is a function that returns it as text."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: os.pread(file.fileno(), 1 << 20, 0).decode()
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)

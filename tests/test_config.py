@@ -19,6 +19,7 @@ from tests.support import (
     TOKEN,
     TOP,
     Receiver,
+    captured_stderr,
     central_headers,
     config_of,
     new_body,
@@ -82,14 +83,15 @@ class Called(unittest.TestCase):
 
     def call(self, *arguments):
         """Return exit code, stdout and stderr of main()."""
-        stdout, stderr = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        stdout = io.StringIO()
+        with contextlib.redirect_stdout(stdout), captured_stderr() as stderr:
             try:
                 code = product.main(list(arguments))
             except SystemExit as end:
                 code = end.code or 0
-        self.assert_clean(stdout.getvalue(), stderr.getvalue())
-        return code, stdout.getvalue(), stderr.getvalue()
+            said = stderr()
+        self.assert_clean(stdout.getvalue(), said)
+        return code, stdout.getvalue(), said
 
     def run_at_once(self, *runs):
         """Return exit code, stdout and stderr of processes that end by themselves, for each list of arguments."""
@@ -736,6 +738,47 @@ class Started(Called):
         ):
             with self.subTest(token):
                 self.assertEqual(self.status("/third", token), status)
+
+
+PLACEHOLDERS = (
+    "<token of the webhook>", "${CENTRAL_TOKEN}", "$CENTRAL_TOKEN", "{{ token }}", "%TOKEN%", "changeme", "CHANGE_ME",
+    "YOUR_TOKEN_HERE", "your_token_here",
+)  # fmt: skip
+
+
+class Placeholders(Called):
+    def test_a_placeholder_is_not_a_secret(self):
+        for placeholder in PLACEHOLDERS:
+            for config, key in (
+                (hook(token=placeholder), "token"),
+                (api_key(value=placeholder), "api_key.value"),
+            ):
+                with self.subTest(placeholder, key=key):
+                    self.write(config)
+                    code, _, stderr = self.call("-i", str(self.path), "--check-config")
+                    self.assertEqual((code, stderr.count("\n")), (78, 1), stderr)
+                    self.assertIn(f"{HOOK}.{key}: expected the real value, found a placeholder", stderr)
+
+    def test_a_real_secret_is_not_taken_for_a_placeholder(self):
+        for token in ("zSMrzuYrblgBfByy2JrM", "100%sure", "a{{b", "changes", "your-secret-key-here"):
+            with self.subTest(token):
+                self.write(hook(token=token))
+                self.assertEqual(self.call("-i", str(self.path), "--check-config")[0], 0)
+
+    def test_a_comment_in_a_token_file_is_not_a_token(self):
+        tokens = self.folder / "tokens"
+        tokens.write_text("# token of Central\n" + SECRET + "\n")
+        tokens.chmod(0o600)
+        self.write(hook(token=NOTHING, token_file="tokens"))
+        code, stdout, _ = self.call("-i", str(self.path), "--check-config")
+        self.assertEqual(code, 0)
+        self.assertIn("tokens: 1", stdout)
+
+    def test_a_variable_that_is_not_set_is_named(self):
+        self.write(hook(token=NOTHING, token_file="${NOT_SET_ANYWHERE}/central"))
+        code, _, stderr = self.call("-i", str(self.path), "--check-config")
+        self.assertEqual(code, 78)
+        self.assertIn("the variable NOT_SET_ANYWHERE is not set", stderr)
 
 
 class CheckConfig(Called):

@@ -155,6 +155,7 @@ class Statuses(Served):
                     b"Content-Length: 0005", body=b"12345", length=False
                 ),
                 "the absolute form": good(path="http://localhost" + PATH),
+                "the absolute form with a query": good(path=f"HTTP://[::1]:80{PATH}?http://x"),
                 "other headers twice": with_lines(b"Accept: a", b"Accept: b"),
             },
             200,
@@ -167,6 +168,12 @@ class Statuses(Served):
         self.assert_statuses(
             {
                 "no version": request.replace(line, b"POST " + PATH.encode()),
+                "a scheme of other characters": good(path="a/b://z" + PATH),
+                "a scheme with a query": good(path="x?y://z" + PATH),
+                "the absolute form without an authority": good(path="http://" + PATH),
+                "the absolute form with a user": good(path="http://u:p@z" + PATH),
+                "a fragment": good(path=PATH + "#frag"),
+                "a fragment in the absolute form": good(path=f"http://z{PATH}#frag"),
                 "no target": request.replace(line, b"POST HTTP/1.1"),
                 "two spaces": request.replace(line, line.replace(b" ", b"  ", 1)),
                 "a tab for a space": request.replace(line, line.replace(b" ", b"\t", 1)),

@@ -23,6 +23,7 @@ from tests.support import (
     TOKEN,
     Receiver,
     at_once,
+    captured_stderr,
     central_headers,
     config_of,
     deadline_poll,
@@ -837,11 +838,12 @@ class SendSample(unittest.TestCase):
         path = self.receiver.folder / "sender.json"
         path.write_text(json.dumps(config or config_of(self.receiver.port, self.WEBHOOKS)))
         path.chmod(0o600)
-        stdout, stderr = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        stdout = io.StringIO()
+        with contextlib.redirect_stdout(stdout), captured_stderr() as stderr:
             code = product.main(["-i", str(path), "--send-sample", *arguments])
-        self.assertNotIn(TOKEN, stdout.getvalue() + stderr.getvalue())
-        return code, stdout.getvalue(), stderr.getvalue()
+            said = stderr()
+        self.assertNotIn(TOKEN, stdout.getvalue() + said)
+        return code, stdout.getvalue(), said
 
     def test_a_sample_of_every_type_is_accepted_at_the_configured_address(self):
         for webhook in self.WEBHOOKS:

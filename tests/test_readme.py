@@ -34,7 +34,7 @@ from .support import (
 
 README = TOP / "README.md"
 EXAMPLE = TOP / "input_info.json.example"
-PLACEHOLDER = "expected the real value, found the placeholder of the example"
+PLACEHOLDER = "expected the real value, found a placeholder"
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 TEXT = README.read_text(encoding="utf-8")
 
