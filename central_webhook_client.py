@@ -60,7 +60,18 @@ import time
 import urllib.parse
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence, TypeVar
+from typing import (
+    Any,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    TypeVar,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -73,33 +84,51 @@ PROGRAM = "central_webhook_client.py"
 EX_CANNOT_SERVE, EX_USAGE, EX_CONFIG = 1, 2, 78  # exit codes; 78 is that of sysexits.h
 STDOUT, STDERR = 1, 2
 JSON = "application/json"
-_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # of RFC 9110 section 5.6.2: methods, names of header fields
+_TOKEN = (
+    r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # of RFC 9110 section 5.6.2: methods, names of header fields
+)
 _HEADER_NAME = re.compile(_TOKEN)
 
 MAX_REQUEST_LINE_BYTES = 8 * 1024  # nginx's own limit
 MAX_HEADER_BYTES = 64 * 1024  # all header fields of a request
 MAX_HEADER_FIELDS = 100
 MAX_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which nobody uses
-RECEIVE_BYTES = 16 * 1024  # one recv takes a whole usual request: headers and body; then others have their turn
-KEEP_ALIVE_SECONDS = 75.0  # above nginx's 60, so that nginx closes first and never meets a closed connection
+RECEIVE_BYTES = (
+    16 * 1024
+)  # one recv takes a whole usual request: headers and body; then others have their turn
+KEEP_ALIVE_SECONDS = (
+    75.0  # above nginx's 60, so that nginx closes first and never meets a closed connection
+)
 LISTEN_QUEUE = 1024  # socketserver's 5 loses most of a burst of connections
-ACCEPTED_AT_ONCE = 4  # connections, before they are answered: a proxy works on these answers while we do on others
+ACCEPTED_AT_ONCE = (
+    4  # connections, before they are answered: a proxy works on these answers while we do on others
+)
 LINGER_SECONDS = 2.0  # a refused sender is read from this long, so that it can read the answer
-MAX_LINGERING = 200 if sys.platform == "win32" else 1024  # of those at once; select takes 512 sockets on Windows
+MAX_LINGERING = (
+    200 if sys.platform == "win32" else 1024
+)  # of those at once; select takes 512 sockets on Windows
 DRAIN_SECONDS = 10.0  # after SIGTERM: for requests in flight
-DRAIN_QUIET_SECONDS = 0.5  # after SIGTERM: for what is already on its way on a connection kept alive
+DRAIN_QUIET_SECONDS = (
+    0.5  # after SIGTERM: for what is already on its way on a connection kept alive
+)
 IDLE_THREADS = 16  # threads that are kept for jobs to come
 MAX_FUTURE_SECONDS = 15 * 60  # a sender's clock may be this much ahead
 REMEMBERED_DELIVERIES = 100_000  # of each webhook
 REJECTION_LINES_PER_SECOND = 10
-MAX_SIGNATURE_FIELD_BYTES = 8 * 1024  # Signature and Signature-Input, each: parsed before anything is proved
+MAX_SIGNATURE_FIELD_BYTES = (
+    8 * 1024
+)  # Signature and Signature-Input, each: parsed before anything is proved
 MAX_LABELS = 4  # signatures tried in one Signature header
 MAX_COMPONENTS = 32  # covered by one of them
 MAX_QUERY_PARAMETERS = 100  # looked through for a covered one
 SAMPLE_SECONDS = 30.0  # for the answer to --send-sample
-PROVIDER_SECONDS = 5.0  # an OIDC provider's answer, and the pause between two questions is twice that
+PROVIDER_SECONDS = (
+    5.0  # an OIDC provider's answer, and the pause between two questions is twice that
+)
 MAX_ANSWER_BYTES = 512 * 1024  # of a provider, or of who gets a sample
-PROVIDER_KEYS_SECONDS = 3600.0  # after this the provider is asked again, in case it has withdrawn a key
+PROVIDER_KEYS_SECONDS = (
+    3600.0  # after this the provider is asked again, in case it has withdrawn a key
+)
 MAX_KEYS_TRIED = 16
 MIN_RSA_BITS, MAX_RSA_BITS = 2048, 16384
 TOKEN_LEEWAY_SECONDS = 60
@@ -132,7 +161,10 @@ class Refusal(Exception):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
-        self.reason, self.webhook = reason, ""  # the name of the webhook, where it is not that of the path
+        self.reason, self.webhook = (
+            reason,
+            "",
+        )  # the name of the webhook, where it is not that of the path
 
 
 class OutputError(Exception):
@@ -157,7 +189,9 @@ class HeaderSignature(NamedTuple):
     header: str
     prefix: str
     encode: Callable[[bytes], bytes]
-    signed_headers: Sequence[str]  # their values follow the body in the signed bytes, nothing between
+    signed_headers: Sequence[
+        str
+    ]  # their values follow the body in the signed bytes, nothing between
 
 
 CENTRAL = HeaderSignature(
@@ -169,7 +203,10 @@ CENTRAL = HeaderSignature(
 
 
 def verify_signature(
-    body: bytes, headers: Mapping[str, str], tokens: Sequence[str], scheme: HeaderSignature = CENTRAL
+    body: bytes,
+    headers: Mapping[str, str],
+    tokens: Sequence[str],
+    scheme: HeaderSignature = CENTRAL,
 ) -> int:
     """Verify that `body` and the signed headers come from somebody who knows one of the `tokens`.
 
@@ -185,7 +222,9 @@ def verify_signature(
     names = (scheme.header, *scheme.signed_headers)
     values = [headers.get(name, "") for name in names]
     if "" in values:
-        raise SignatureError("missing or empty: " + ", ".join(name for name in names if not headers.get(name)))
+        raise SignatureError(
+            "missing or empty: " + ", ".join(name for name in names if not headers.get(name))
+        )
     try:
         received, signed = values[0].encode("latin-1"), body + "".join(values[1:]).encode("latin-1")
     except UnicodeEncodeError:
@@ -206,7 +245,9 @@ def verify_signature(
 HEADER_SIGNATURES = {  # a sender of this kind is one line: header, prefix, encoding, signed headers
     "central": CENTRAL,
     "ip-fabric": HeaderSignature("x-ipf-signature", "", binascii.hexlify, ()),
-    "mist": HeaderSignature("x-mist-signature-v2", "", binascii.hexlify, ()),  # X-Mist-Signature is SHA-1: ignored
+    "mist": HeaderSignature(
+        "x-mist-signature-v2", "", binascii.hexlify, ()
+    ),  # X-Mist-Signature is SHA-1: ignored
     "bracken": HeaderSignature("authorization", "HMACSHA256 ", base64.b64encode, ()),
     "entrupy": HeaderSignature("entrupy-signature", "SHA256:", base64.b64encode, ()),
 }
@@ -223,14 +264,22 @@ class Request:
     """
 
     def __init__(
-        self, method: str, path: str, query: Optional[str], version: str, headers: dict[str, str],
-        repeated: frozenset[str], body: bytes = b"",
-    ) -> None:  # fmt: skip
+        self,
+        method: str,
+        path: str,
+        query: Optional[str],
+        version: str,
+        headers: dict[str, str],
+        repeated: frozenset[str],
+        body: bytes = b"",
+    ) -> None:
         self.method, self.path, self.query, self.version = method, path, query, version
         self.headers, self.repeated, self.body = headers, repeated, body
 
 
-UNREAD = Request("", "", None, "HTTP/1.1", {"connection": "close"}, frozenset())  # for one that could not be read
+UNREAD = Request(
+    "", "", None, "HTTP/1.1", {"connection": "close"}, frozenset()
+)  # for one that could not be read
 
 
 class ApiKey(NamedTuple):
@@ -248,7 +297,11 @@ def check_api_key(request: Request, api_key: ApiKey) -> None:
         Refusal: the key is missing, there twice, or another one.
     """
     if api_key.place == "header":
-        value = b"" if api_key.name in request.repeated else request.headers.get(api_key.name, "").encode("latin-1")
+        value = (
+            b""
+            if api_key.name in request.repeated
+            else request.headers.get(api_key.name, "").encode("latin-1")
+        )
         received = [value, value.partition(b" ")[2]]
     else:
         text = json_text(request.body) or ""
@@ -256,7 +309,9 @@ def check_api_key(request: Request, api_key: ApiKey) -> None:
         string = json.loads(found[0]) if len(found) == 1 and found[0].startswith('"') else ""
         received = [string.encode(errors="replace")]
     if not received[0]:
-        raise Refusal("api_key", f"the {api_key.place} {api_key.name!r} is missing, empty or there twice")
+        raise Refusal(
+            "api_key", f"the {api_key.place} {api_key.name!r} is missing, empty or there twice"
+        )
     pairs = itertools.product(api_key.values, received)
     if not any([hmac.compare_digest(ours.encode(), theirs) for ours, theirs in pairs]):
         raise Refusal("api_key", f"the {api_key.place} {api_key.name!r} holds another key")
@@ -264,7 +319,9 @@ def check_api_key(request: Request, api_key: ApiKey) -> None:
 
 # ---- JSON, kept as it was written -------------------------------------------
 
-quote = json.encoder.encode_basestring_ascii  # a str as a JSON string in ASCII; json.dumps takes ten times as long
+quote = (
+    json.encoder.encode_basestring_ascii
+)  # a str as a JSON string in ASCII; json.dumps takes ten times as long
 
 
 def _refuse_constant(name: str) -> Any:
@@ -306,11 +363,17 @@ def load_json(text: str) -> tuple[Any, list[str]]:
             twice.extend(duplicates(name for name, _ in pairs))
         return value
 
-    def to_integer(digits: str) -> Any:  # of numbers so long that Python refuses to make an int of them, a float
+    def to_integer(
+        digits: str,
+    ) -> Any:  # of numbers so long that Python refuses to make an int of them, a float
         return int(digits) if len(digits) < 4000 else float(digits)
 
     try:
-        hooks: Any = {"object_pairs_hook": to_object, "parse_int": to_integer, "parse_constant": _refuse_constant}
+        hooks: Any = {
+            "object_pairs_hook": to_object,
+            "parse_int": to_integer,
+            "parse_constant": _refuse_constant,
+        }
         return json.loads(text, **hooks), twice
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -353,7 +416,9 @@ def indent_json(text: str) -> str:
     pieces, depth, before = [], 0, ""
     for token in _JSON_TOKEN.findall(text):
         depth -= token in "}]"
-        if before and (before in "{[," and token not in "}]" or token in "}]" and before not in "{["):
+        if before and (
+            before in "{[," and token not in "}]" or token in "}]" and before not in "{["
+        ):
             pieces.append("\n" + "  " * min(depth, 30))
         depth += token in "{["
         if token.startswith('"'):
@@ -375,7 +440,9 @@ _SF_BARE_ITEM = (
 _SF_PARAMETER = f"; *({_SF_KEY})(?:=({_SF_BARE_ITEM}))?"
 _SF_PARAMETERS = f"(?:; *{_SF_KEY}(?:={_SF_BARE_ITEM})?)*"
 _SF_ITEM = f"({_SF_BARE_ITEM})({_SF_PARAMETERS})"
-_SF_INNER_LIST = rf"\( *(?:{_SF_BARE_ITEM}{_SF_PARAMETERS}(?: +{_SF_BARE_ITEM}{_SF_PARAMETERS})* *)?\)"
+_SF_INNER_LIST = (
+    rf"\( *(?:{_SF_BARE_ITEM}{_SF_PARAMETERS}(?: +{_SF_BARE_ITEM}{_SF_PARAMETERS})* *)?\)"
+)
 _SF_MEMBER = f"({_SF_KEY})(?:=({_SF_INNER_LIST}|{_SF_BARE_ITEM}))?({_SF_PARAMETERS})"
 _SF_DICTIONARY = rf"{_SF_MEMBER}(?:[ \t]*,[ \t]*{_SF_MEMBER})*[ \t]*"
 
@@ -390,12 +457,16 @@ class Item(NamedTuple):
 
     def __str__(self) -> str:
         """Serialise canonically (RFC 8941 section 4.1)."""
-        return self.text + "".join(f";{k}" if v.text == "?1" else f";{k}={v.text}" for k, v in self.parameters.items())
+        return self.text + "".join(
+            f";{k}" if v.text == "?1" else f";{k}={v.text}" for k, v in self.parameters.items()
+        )
 
 
 def parse_item(text: str, parameters: str = "") -> Item:
     """Return an item or an inner list. Both texts match the grammar; of a parameter given twice the last one counts."""
-    found = {name: parse_item(value or "?1") for name, value in re.findall(_SF_PARAMETER, parameters)}
+    found = {
+        name: parse_item(value or "?1") for name, value in re.findall(_SF_PARAMETER, parameters)
+    }
     if text[0] == "(":
         items = [parse_item(*pair) for pair in re.findall(_SF_ITEM, text)]
         return Item(items, f"({' '.join(map(str, items))})", found)
@@ -405,7 +476,9 @@ def parse_item(text: str, parameters: str = "") -> Item:
     return Item(integer, text if integer is None else str(integer), found)
 
 
-@functools.lru_cache(maxsize=8)  # webhooks that share a path, and the search for a hint, ask for the same again
+@functools.lru_cache(
+    maxsize=8
+)  # webhooks that share a path, and the search for a hint, ask for the same again
 def parse_dictionary(text: str) -> dict[str, Item]:
     """Parse a structured field that is a dictionary (section 4.2.2). A key that occurs twice is an error, unlike there.
 
@@ -426,7 +499,9 @@ def parse_dictionary(text: str) -> dict[str, Item]:
 class PublicUrl(NamedTuple):
     """The parts of the URL as typed into Central that RFC 9421 section 2.2 signs."""
 
-    targets: tuple[str, ...]  # the URL without its query; without a path, signers differ on whether they add the "/"
+    targets: tuple[
+        str, ...
+    ]  # the URL without its query; without a path, signers differ on whether they add the "/"
     scheme: str
     authority: str
     path: str
@@ -479,8 +554,14 @@ def component_value(request: Request, component: Item, url: PublicUrl, target: s
         value = None
         if name == "@query-param" and list(component.parameters) == ["name"]:
             with contextlib.suppress(ValueError):  # more than so many parameters
-                pairs = urllib.parse.parse_qsl(query[1:], keep_blank_values=True, max_num_fields=MAX_QUERY_PARAMETERS)
-                found = [encode_query(v) for k, v in pairs if encode_query(k) == component.parameters["name"].value]
+                pairs = urllib.parse.parse_qsl(
+                    query[1:], keep_blank_values=True, max_num_fields=MAX_QUERY_PARAMETERS
+                )
+                found = [
+                    encode_query(v)
+                    for k, v in pairs
+                    if encode_query(k) == component.parameters["name"].value
+                ]
                 value = found[0] if len(found) == 1 else None
     if value is None:
         raise SignatureError(f"the covered component {component} is missing or not supported")
@@ -493,7 +574,14 @@ def signature_base(request: Request, covered: Item, url: PublicUrl, target: str)
     return "\n".join([*lines, f'"@signature-params": {covered}']).encode("latin-1")
 
 
-_SIGNATURE_PARAMETERS = {"created": int, "expires": int, "nonce": str, "alg": str, "keyid": str, "tag": str}
+_SIGNATURE_PARAMETERS = {
+    "created": int,
+    "expires": int,
+    "nonce": str,
+    "alg": str,
+    "keyid": str,
+    "tag": str,
+}
 
 
 def check_coverage(covered: Item, now: float) -> None:
@@ -503,22 +591,31 @@ def check_coverage(covered: Item, now: float) -> None:
         SignatureError: it leaves out the method, the target or a time; has a parameter of the wrong type, another
             algorithm or a component twice; or has expired.
     """
-    if not isinstance(covered.value, list) or not all(isinstance(item.value, str) for item in covered.value):
+    if not isinstance(covered.value, list) or not all(
+        isinstance(item.value, str) for item in covered.value
+    ):
         raise SignatureError("a member of signature-input is no list of strings")
     if len(covered.value) > MAX_COMPONENTS:
         raise SignatureError(f"more than {MAX_COMPONENTS} components are covered")
-    names, values = {str(item)[1:-1] for item in covered.value}, {k: v.value for k, v in covered.parameters.items()}
+    names, values = (
+        {str(item)[1:-1] for item in covered.value},
+        {k: v.value for k, v in covered.parameters.items()},
+    )
     if len(names) < len(covered.value):
         raise SignatureError("a component is covered twice")
     for name, value in values.items():
-        if not isinstance(value, _SIGNATURE_PARAMETERS.get(name, object)):  # unknown ones are part of the base
+        if not isinstance(
+            value, _SIGNATURE_PARAMETERS.get(name, object)
+        ):  # unknown ones are part of the base
             raise SignatureError(f"the signature parameter {name!r} is of the wrong type")
     if values.get("alg", "hmac-sha256") != "hmac-sha256":
         raise SignatureError(f"the algorithm is {values['alg']!r}, expected 'hmac-sha256'")
     if values.get("expires", now) < now:
         raise SignatureError(f"the signature expired {now - values['expires']:.0f} s ago")
     if "@method" not in names or not ("@target-uri" in names or {"@authority", "@path"} <= names):
-        raise SignatureError("the signature does not cover @method, and @target-uri or @authority and @path")
+        raise SignatureError(
+            "the signature does not cover @method, and @target-uri or @authority and @path"
+        )
     if "date" not in names and "created" not in values:
         raise SignatureError("the signature covers no time: neither date nor created")
 
@@ -532,7 +629,9 @@ def check_content_digest(request: Request) -> None:
         if not hmac.compare_digest(b":%b:" % base64.b64encode(digest), digests[name].text.encode()):
             known = []
     if not known:
-        raise SignatureError("content-digest does not match the body, or has neither sha-256 nor sha-512")
+        raise SignatureError(
+            "content-digest does not match the body, or has neither sha-256 nor sha-512"
+        )
 
 
 def sign_base(token: str, base: bytes) -> list[bytes]:
@@ -559,7 +658,9 @@ def verify_message_signature(
     if not all(fields):
         raise SignatureError("missing or empty: signature or signature-input")
     if max(map(len, fields)) > MAX_SIGNATURE_FIELD_BYTES:
-        raise SignatureError(f"signature or signature-input is above {MAX_SIGNATURE_FIELD_BYTES} bytes")
+        raise SignatureError(
+            f"signature or signature-input is above {MAX_SIGNATURE_FIELD_BYTES} bytes"
+        )
     inputs, signatures = map(parse_dictionary, fields)
     if max(len(inputs), len(signatures)) > MAX_LABELS:
         raise SignatureError(f"more than {MAX_LABELS} signatures")
@@ -570,13 +671,23 @@ def verify_message_signature(
             check_coverage(covered, now)
             bases = [signature_base(request, covered, url, target) for target in url.targets]
             for position, token in enumerate(tokens):
-                if any([hmac.compare_digest(s, received) for base in bases for s in sign_base(token, base)]):
+                if any(
+                    [
+                        hmac.compare_digest(s, received)
+                        for base in bases
+                        for s in sign_base(token, base)
+                    ]
+                ):
                     if any(item.value == "content-digest" for item in covered.value):
                         check_content_digest(request)
                     created = covered.parameters.get("created")
-                    return position, created.value if created else parse_http_date(request.headers["date"])
+                    return position, created.value if created else parse_http_date(
+                        request.headers["date"]
+                    )
             raise SignatureError("signature does not match")
-        except SignatureError as error:  # RFC 9421 section 7.2.6: a bad signature beside a good one does no harm
+        except (
+            SignatureError
+        ) as error:  # RFC 9421 section 7.2.6: a bad signature beside a good one does no harm
             failure = error
     raise failure
 
@@ -642,7 +753,10 @@ def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
         if not isinstance(operations, list) or "verify" not in operations:
             continue
         try:
-            n, e = (int.from_bytes(decode_base64url(str(jwk.get(name, ""))), "big") for name in ("n", "e"))
+            n, e = (
+                int.from_bytes(decode_base64url(str(jwk.get(name, ""))), "big")
+                for name in ("n", "e")
+            )
         except ValueError:
             continue
         if MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS and n % 2 and e % 2 and 3 <= e < 2**64:
@@ -651,7 +765,10 @@ def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
 
 
 def verify_access_token(
-    request: Request, oidc: Oidc, keys_for: Callable[[Optional[str], str], tuple[str, Sequence[RsaKey]]], now: float
+    request: Request,
+    oidc: Oidc,
+    keys_for: Callable[[Optional[str], str], tuple[str, Sequence[RsaKey]]],
+    now: float,
 ) -> None:
     """Verify `Authorization: Bearer` with a JWT signed RS256, RS384 or RS512 (RFC 6750, 7519, 8725, 9068).
 
@@ -673,15 +790,27 @@ def verify_access_token(
     # Security: the algorithm is one of ours, whatever the token says: "none" and HS256 with the public key as secret
     # are the classic forgeries (RFC 8725 section 3.1). Keys come from the provider only, never from jku, x5u or jwk.
     if not isinstance(algorithm, str) or algorithm not in RSA_ALGORITHMS:
-        raise Refusal("oidc", f"the access token's alg is {str(algorithm)[:20]!r}, expected RS256, RS384 or RS512")
+        raise Refusal(
+            "oidc",
+            f"the access token's alg is {str(algorithm)[:20]!r}, expected RS256, RS384 or RS512",
+        )
     if "crit" in header or not isinstance(header.get("kid", ""), str):
-        raise Refusal("oidc", "the access token has critical extensions, or a kid that is not a string")
+        raise Refusal(
+            "oidc", "the access token has critical extensions, or a kid that is not a string"
+        )
     issuer, keys = keys_for(kid, algorithm)
     signed = f"{parts[0]}.{parts[1]}".encode()
     if not keys:
-        raise Refusal("oidc", f"unknown kid: the provider has no {algorithm} key called {describe_claim(kid)}")
-    if len(keys) > MAX_KEYS_TRIED or not any(is_rsa_signature(signed, signature, algorithm, key) for key in keys):
-        raise Refusal("oidc", f"the access token's signature fits none of {len(keys)} keys (at most {MAX_KEYS_TRIED})")
+        raise Refusal(
+            "oidc", f"unknown kid: the provider has no {algorithm} key called {describe_claim(kid)}"
+        )
+    if len(keys) > MAX_KEYS_TRIED or not any(
+        is_rsa_signature(signed, signature, algorithm, key) for key in keys
+    ):
+        raise Refusal(
+            "oidc",
+            f"the access token's signature fits none of {len(keys)} keys (at most {MAX_KEYS_TRIED})",
+        )
     check_claims(claims, oidc, oidc.issuer or issuer, now)
 
 
@@ -696,12 +825,19 @@ def check_claims(claims: dict[str, Any], oidc: Oidc, issuer: str, now: float) ->
             raise Refusal("oidc", f"the access token's {name} is off by {late:.0f} s")
     audience = claims.get("aud")
     audiences = audience if isinstance(audience, list) else [audience]
-    clients = [claims[name] for name in ("azp", "client_id", "appid", "cid") if name in claims]  # cid: Okta
+    clients = [
+        claims[name] for name in ("azp", "client_id", "appid", "cid") if name in claims
+    ]  # cid: Okta
     if claims.get("iss") != issuer:
-        raise Refusal("oidc", f"the access token's iss is {describe_claim(claims.get('iss'))}, expected {issuer!r}")
+        raise Refusal(
+            "oidc",
+            f"the access token's iss is {describe_claim(claims.get('iss'))}, expected {issuer!r}",
+        )
     if oidc.audience is not None and oidc.audience not in audiences:
         found = describe_claim(audience)
-        raise Refusal("oidc", f"the access token's aud (audience) is {found}, expected {oidc.audience!r}")
+        raise Refusal(
+            "oidc", f"the access token's aud (audience) is {found}, expected {oidc.audience!r}"
+        )
     if oidc.client_id is not None and oidc.client_id not in clients:
         found = describe_claim(clients)
         raise Refusal("oidc", f"the access token's client is {found}, expected {oidc.client_id!r}")
@@ -730,14 +866,18 @@ def parse_delivery_timestamp(text: str) -> Optional[float]:
     nobody has published what is on the wire.
     """
     if _EPOCH.fullmatch(text):
-        digits = len(text.partition(".")[0])  # seconds have 9 to 11, ms 12 to 14, us 15 to 17, ns 18 to 20
+        digits = len(
+            text.partition(".")[0]
+        )  # seconds have 9 to 11, ms 12 to 14, us 15 to 17, ns 18 to 20
         return float(text) / 1000.0 ** ((digits - 9) // 3)
     match = _ISO_8601.fullmatch(re.sub(" UTC$", "", text))  # Go writes "+0000 UTC"
     if not match:
         return parse_http_date(text)
     year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
     try:
-        moment = datetime(int(year), int(month), int(day), int(hour), int(minute), tzinfo=timezone.utc)
+        moment = datetime(
+            int(year), int(month), int(day), int(hour), int(minute), tzinfo=timezone.utc
+        )
     except ValueError:
         return None
     offset = (int(hours) * 3600 + int(minutes) * 60) * (-1 if sign == "-" else 1)
@@ -766,7 +906,9 @@ def check_age(sent: Optional[float], window_seconds: float, now: float) -> None:
     age = now - sent
     if age > window_seconds:
         allowed = window_seconds / 3600
-        raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, allowed are {allowed:g}; is a clock off?")
+        raise Refusal(
+            "stale", f"sent {age / 3600:.1f} hours ago, allowed are {allowed:g}; is a clock off?"
+        )
     if age < -MAX_FUTURE_SECONDS:
         raise Refusal("stale", f"sent {-age / 60:.0f} minutes in the future; is a clock off?")
 
@@ -790,7 +932,9 @@ class Memory:
         self.seen: set[bytes] = set()
         self.order: collections.deque[Keys] = collections.deque()
         self.pending: set[bytes] = set()
-        self.last_token = 0  # position of the token of the last delivery: tried first, so that many cost no more
+        self.last_token = (
+            0  # position of the token of the last delivery: tried first, so that many cost no more
+        )
 
     def claim(self, keys: Keys) -> bool:
         """Begin to keep a delivery: True if it is new, False if it has been kept already.
@@ -834,7 +978,9 @@ class Delivery(NamedTuple):
     sent_at: Optional[str]  # the sender's own time stamp, as it wrote it, or ISO 8601
     body: bytes  # raw, as it was signed
     text: Optional[str]  # the JSON text, API key masked; None where the body is not JSON
-    key: Optional[str]  # identifies the delivery, also across machines; None where a repetition cannot be told
+    key: Optional[
+        str
+    ]  # identifies the delivery, also across machines; None where a repetition cannot be told
 
     @property
     def payload(self) -> Any:
@@ -900,7 +1046,10 @@ class Log:
         second = int(time.monotonic())
         if second != self.second:
             if self.rejections > REJECTION_LINES_PER_SECOND:
-                self.add("WARNING", f"{self.rejections - REJECTION_LINES_PER_SECOND} more rejections within a second")
+                self.add(
+                    "WARNING",
+                    f"{self.rejections - REJECTION_LINES_PER_SECOND} more rejections within a second",
+                )
             self.second, self.rejections = second, 0
 
     def write_lines(self) -> None:
@@ -960,8 +1109,14 @@ def render_json(delivery: Delivery) -> str:
 
 
 _COLOURS = {
-    "critical": "1;31", "major": "31", "minor": "33", "warning": "33", "info": "36", "close": "32", "cleared": "32"
-}  # fmt: skip
+    "critical": "1;31",
+    "major": "31",
+    "minor": "33",
+    "warning": "33",
+    "info": "36",
+    "close": "32",
+    "cleared": "32",
+}
 
 
 def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: int) -> str:
@@ -972,18 +1127,35 @@ def render_pretty(delivery: Delivery, columns: int, colour: bool, name_width: in
 
     def first(*names: str) -> str:
         values = (source.get(name) for source in sources for name in names)
-        return next((escape_text(str(value)) for value in values if isinstance(value, (str, int)) and value != ""), "")
+        return next(
+            (
+                escape_text(str(value))
+                for value in values
+                if isinstance(value, (str, int)) and value != ""
+            ),
+            "",
+        )
 
     severity, state = first("severity") or "-", first("state", "status") or "-"
     where = [first("device_id", "serial", "deviceType"), first("site", "siteId")]
     about = [*(f"[{text}]" for text in where if text), first("description", "summary", "reason")]
     narrow = 0 < columns < 100
     fields = [  # text, width, colour
-        (time.strftime("%H:%M:%S" if narrow else "%Y-%m-%d %H:%M:%S", time.localtime(delivery.received_at)), 0, "2"),
+        (
+            time.strftime(
+                "%H:%M:%S" if narrow else "%Y-%m-%d %H:%M:%S", time.localtime(delivery.received_at)
+            ),
+            0,
+            "2",
+        ),
         (escape_text(delivery.webhook), name_width, "1"),
         (severity.upper(), 8, _COLOURS.get(severity.lower(), "")),
         (state, 7, _COLOURS.get(state.lower(), "")),
-        (first("alert_type", "name", "event", "type", "text") or "(no name)", 0 if narrow else 24, "1"),
+        (
+            first("alert_type", "name", "event", "type", "text") or "(no name)",
+            0 if narrow else 24,
+            "1",
+        ),
         (" ".join(filter(None, about)), 0, ""),
     ]
     header, left = [], columns or sys.maxsize
@@ -1035,7 +1207,9 @@ class Outputs:
         self.poll = select.poll() if not is_file and hasattr(select, "poll") else None
         if self.poll:
             self.poll.register(self.stdout, select.POLLOUT)
-        self.may_hang = not is_file and (not self.poll or os.isatty(STDOUT) and self.stdout == STDOUT)
+        self.may_hang = not is_file and (
+            not self.poll or os.isatty(STDOUT) and self.stdout == STDOUT
+        )
         self.cut_to: Optional[int] = None
         self.log = open_log(log_file) if log_file else None
 
@@ -1066,7 +1240,9 @@ class Outputs:
         except Exception as error:
             failure = str(error) if isinstance(error, OutputError) else repr(error)
             # Keep only what completes a line that is half out: what has not begun is answered 503 and comes again.
-            self.unwritten = self.unwritten[: self.unwritten.find(b"\n") + 1] if self.is_torn else b""
+            self.unwritten = (
+                self.unwritten[: self.unwritten.find(b"\n") + 1] if self.is_torn else b""
+            )
         if failure != self.failing:
             LOG.add("ERROR" if failure else "INFO", f"output: {failure or 'works again'}")
         self.failing, self.started = failure, None
@@ -1079,7 +1255,9 @@ class Outputs:
             OutputError: its reader has not taken all until `deadline` (monotonic seconds), or is gone.
         """
         data, start = self.unwritten, 0
-        size = select.PIPE_BUF if self.poll else len(data)  # as much never blocks once poll says "ready"
+        size = (
+            select.PIPE_BUF if self.poll else len(data)
+        )  # as much never blocks once poll says "ready"
         slow = OutputError(f"stdout: its reader has not taken all in {self.patience_seconds:g} s")
         try:
             while start < len(data):
@@ -1113,7 +1291,9 @@ class Outputs:
             getattr(os, "fdatasync", os.fsync)(log)  # macOS and Windows have no fdatasync
             self.cut_to = None
         except OSError as error:
-            with contextlib.suppress(OSError):  # cut_to stays, so the next append tries again before it writes
+            with contextlib.suppress(
+                OSError
+            ):  # cut_to stays, so the next append tries again before it writes
                 self.cut_log(log)
             raise OutputError(f"{self.log_path}: {error.strerror}") from None
 
@@ -1140,7 +1320,9 @@ class Outputs:
 
 
 _LOG_START = b'{"received_at": "'
-_LOG_LINE = re.compile(rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}')
+_LOG_LINE = re.compile(
+    rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}'
+)
 
 
 def open_log(path: str) -> int:
@@ -1153,18 +1335,24 @@ def open_log(path: str) -> int:
     """
     log = -1
     try:
-        log = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o640)
+        log = os.open(
+            path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o640
+        )
         if not stat.S_ISREG(os.fstat(log).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
         if sys.platform != "win32":
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(PermissionError):  # a new file's name has to survive a power loss too
+            with contextlib.suppress(
+                PermissionError
+            ):  # a new file's name has to survive a power loss too
                 directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
                 os.fsync(directory)
                 os.close(directory)
         half, *lines = itertools.islice(lines_from_end(path), 2)
         if half and not lines and not half.startswith(_LOG_START[: len(half)]):
-            raise OSError(errno.EINVAL, "holds something else than deliveries, so nothing is appended to it")
+            raise OSError(
+                errno.EINVAL, "holds something else than deliveries, so nothing is appended to it"
+            )
         if half:
             os.ftruncate(log, os.fstat(log).st_size - len(half))
             LOG.add("WARNING", f"{path}: cut off a half line of {len(half)} bytes at its end")
@@ -1172,7 +1360,11 @@ def open_log(path: str) -> int:
     except OSError as error:
         if log >= 0:
             os.close(log)
-        reason = "another receiver writes to it" if isinstance(error, BlockingIOError) else error.strerror
+        reason = (
+            "another receiver writes to it"
+            if isinstance(error, BlockingIOError)
+            else error.strerror
+        )
         raise OutputError(f"{path}: {reason}") from None
 
 
@@ -1206,7 +1398,9 @@ def load_memories(path: Optional[str], webhooks: Sequence[Webhook]) -> None:
     since = {}  # the webhooks that still want more, and from when on (as in received_at)
     for name, webhook in by_name.items():
         window = webhook.replay_window_seconds
-        since[name] = format_utc(time.time() - window - MAX_FUTURE_SECONDS).encode() if window else b""
+        since[name] = (
+            format_utc(time.time() - window - MAX_FUTURE_SECONDS).encode() if window else b""
+        )
     try:
         for line in lines_from_end(path) if path and since else ():
             match, moment = _LOG_LINE.fullmatch(line), line[17:41]
@@ -1244,7 +1438,9 @@ class Webhook(NamedTuple):
     api_key: Optional[ApiKey]
     provider: Optional[Provider]
     memory: Memory
-    former_tokens: tuple[str, ...] = ()  # valid before the last reloads: only for the hint that one was used
+    former_tokens: tuple[
+        str, ...
+    ] = ()  # valid before the last reloads: only for the hint that one was used
 
 
 class Config(NamedTuple):
@@ -1264,12 +1460,19 @@ OWN_PATHS = ("/health", "/metrics")
 
 def is_text(value: Any) -> bool:
     """Tell whether `value` is a string, not empty, no white space around it, no control characters in it."""
-    return isinstance(value, str) and bool(value) and value == value.strip() and not _UNSAFE.search(value)
+    return (
+        isinstance(value, str)
+        and bool(value)
+        and value == value.strip()
+        and not _UNSAFE.search(value)
+    )
 
 
 def is_number(low: float, high: float, kind: Any = (int, float)) -> Callable[[Any], bool]:
     """Make a test for numbers of a JSON file within bounds; true and false are none."""
-    return lambda value: isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    return lambda value: (
+        isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    )
 
 
 def is_port(value: Any) -> bool:
@@ -1280,7 +1483,11 @@ def is_port(value: Any) -> bool:
 
 def is_path(value: Any) -> bool:
     """Tell whether `value` is the path of a request that is not one of our own."""
-    return isinstance(value, str) and bool(re.fullmatch(r"/[!-\"$->@-~]*", value)) and value not in OWN_PATHS
+    return (
+        isinstance(value, str)
+        and bool(re.fullmatch(r"/[!-\"$->@-~]*", value))
+        and value not in OWN_PATHS
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -1316,7 +1523,10 @@ class Key(NamedTuple):
 
 TEXT, FILE = Key("a string", is_text), Key("a path", is_text)
 OBJECT, SECRETS = Key("an object", is_present), Key("a string or an array of strings", is_present)
-TOP_KEYS = {"webclient_info": OBJECT._replace(default={}), "central_info": OBJECT._replace(default={})}
+TOP_KEYS = {
+    "webclient_info": OBJECT._replace(default={}),
+    "central_info": OBJECT._replace(default={}),
+}
 CENTRAL_KEYS = {"webhook": Key("an object or an array of objects", is_present, {})}
 WEBCLIENT_KEYS = {
     "host": Key("an address to bind", is_text, ...),
@@ -1338,7 +1548,10 @@ WEBHOOK_KEYS = {
     "oidc": OBJECT,
 }
 API_KEY_KEYS = {
-    "header": Key("the name of a header", lambda value: isinstance(value, str) and bool(_HEADER_NAME.fullmatch(value))),
+    "header": Key(
+        "the name of a header",
+        lambda value: isinstance(value, str) and bool(_HEADER_NAME.fullmatch(value)),
+    ),
     "field": Key("the name of a field", is_text),
     "value": SECRETS,
 }
@@ -1367,14 +1580,18 @@ class ConfigReader:
     def section(self, found: Any, where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
         """Return the values of all `keys`, the default where one is missing, None where it is wrong."""
         if not isinstance(found, dict):
-            self.mistakes.append(f"{where or 'the file'}: expected an object, found {describe_value(found, True)}")
+            self.mistakes.append(
+                f"{where or 'the file'}: expected an object, found {describe_value(found, True)}"
+            )
             return dict.fromkeys(keys)
         prefix = f"{where}." if where else ""
         for name in found.keys() - keys.keys():
             import difflib  # costs memory, and only a mistake needs it
 
             (nearest,) = difflib.get_close_matches(name, keys, 1, 0.0) or list(keys)[:1]
-            self.mistakes.append(f"{prefix}{name}: unknown key, the nearest known one is {nearest!r}")
+            self.mistakes.append(
+                f"{prefix}{name}: unknown key, the nearest known one is {nearest!r}"
+            )
         values = {}
         for name, key in keys.items():
             value = found.get(name, key.default)
@@ -1400,19 +1617,25 @@ class ConfigReader:
             elif re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
                 problem = "text, found a control character or a surrogate"
             if problem:
-                self.mistakes.append(f"{where}{f'[{index}]' if found is values else ''}: expected {problem}")
+                self.mistakes.append(
+                    f"{where}{f'[{index}]' if found is values else ''}: expected {problem}"
+                )
         return tuple(values)
 
     def warn_if_readable(self, path: str) -> None:
         """Warn if others than its owner can read a file with secrets."""
         if os.name == "posix" and os.stat(path).st_mode & (stat.S_IRGRP | stat.S_IROTH):
-            LOG.add("WARNING", f"{path}: holds a secret, but group or others can read it (chmod 600)")
+            LOG.add(
+                "WARNING", f"{path}: holds a secret, but group or others can read it (chmod 600)"
+            )
 
     def tokens(self, read: dict[str, Any], given: Mapping[str, Any], where: str) -> tuple[str, ...]:
         """Return the tokens, from the configuration or from a file, one a line; ${VARIABLE} in its path is expanded."""
         if ("token" in given) == ("token_file" in given):
             both = "both" if "token" in given else "neither"
-            self.mistakes.append(f"{where}.token: expected one of token and token_file, found {both}")
+            self.mistakes.append(
+                f"{where}.token: expected one of token and token_file, found {both}"
+            )
             return ()
         if "token" in given:
             return self.secrets(given["token"], f"{where}.token")
@@ -1421,7 +1644,9 @@ class ConfigReader:
             return ()
         unset = [name for name in re.findall(r"\$\{(\w+)\}", path) if name not in os.environ]
         if unset:
-            self.mistakes.append(f"{where}: expected a path, found {path}: the variable {unset[0]} is not set")
+            self.mistakes.append(
+                f"{where}: expected a path, found {path}: the variable {unset[0]} is not set"
+            )
             return ()
         path = re.sub(r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), path)
         path = os.path.join(self.folder, path)
@@ -1431,7 +1656,9 @@ class ConfigReader:
             self.warn_if_readable(path)
             return self.secrets(lines or "", where)
         except (OSError, ValueError) as error:
-            self.mistakes.append(f"{where}: {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
+            self.mistakes.append(
+                f"{where}: {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+            )
         return ()
 
     def api_key(self, given: Any, where: str) -> ApiKey:
@@ -1450,7 +1677,9 @@ class ConfigReader:
         read, mistakes = self.section(found, where, WEBHOOK_KEYS), self.mistakes
         kind, given = read["type"], found if isinstance(found, dict) else {}
         if several and "name" not in given:
-            mistakes.append(f"{where}.name: expected a string, found nothing: several webhooks need names")
+            mistakes.append(
+                f"{where}.name: expected a string, found nothing: several webhooks need names"
+            )
         tokens = self.tokens(read, given, where)
         self.has_secret = self.has_secret or "token" in given or "api_key" in given
         url = api_key = provider = None
@@ -1460,31 +1689,49 @@ class ConfigReader:
             try:
                 url = parse_public_url(read["public_url"])
             except ValueError as error:
-                mistakes.append(f"{where}.public_url: {error}, found {describe_value(read['public_url'])}")
+                mistakes.append(
+                    f"{where}.public_url: {error}, found {describe_value(read['public_url'])}"
+                )
         if "api_key" in given:
             api_key = self.api_key(given["api_key"], f"{where}.api_key")
         if "oidc" in given:
             provider = Provider(Oidc(**self.section(given["oidc"], f"{where}.oidc", OIDC_KEYS)))
             if not (provider.oidc.audience or provider.oidc.client_id):
-                mistakes.append(f"{where}.oidc: expected audience or client_id or both, found neither")
+                mistakes.append(
+                    f"{where}.oidc: expected audience or client_id or both, found neither"
+                )
         scheme = HEADER_SIGNATURES.get(kind)
-        demanded = [scheme.header, *scheme.signed_headers] if scheme else ["signature", "signature-input"]
+        demanded = (
+            [scheme.header, *scheme.signed_headers] if scheme else ["signature", "signature-input"]
+        )
         demanded += ["authorization"] if provider else []
         demanded += [api_key.name] if api_key and api_key.place == "header" else []
         for header in duplicates(demanded):
             mistakes.append(f"{where}: two demands on the header {header}, which can hold only one")
-        window = (read["replay_window_hours"] or 0) * 3600 if kind in ("central", "new-central") else 0
+        window = (
+            (read["replay_window_hours"] or 0) * 3600 if kind in ("central", "new-central") else 0
+        )
         path = read["path"] or (url.path if url else None)
         if path in OWN_PATHS:
-            mistakes.append(f"{where}.path: expected with this public_url, since {path} is the receiver's own")
-        return Webhook(read["name"] or kind, kind, path, tokens, window, url, api_key, provider, Memory())
+            mistakes.append(
+                f"{where}.path: expected with this public_url, since {path} is the receiver's own"
+            )
+        return Webhook(
+            read["name"] or kind, kind, path, tokens, window, url, api_key, provider, Memory()
+        )
 
 
 def describe_value(value: Any, secret: bool = False) -> str:
     """Say what was found: a plain value as JSON, of others and of secrets only the type."""
     if not secret and not isinstance(value, (dict, list)):
         return escape_text(json.dumps(value))[:100]
-    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "nothing"}
+    kinds = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        type(None): "nothing",
+    }
     return kinds.get(type(value), "a number")
 
 
@@ -1498,24 +1745,37 @@ def read_config(text: bytes, path: str = "") -> Config:
     try:
         parsed, twice = load_json(text.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"line {error.lineno} column {error.colno}: not JSON: {error.msg}") from None
+        raise ConfigError(
+            f"line {error.lineno} column {error.colno}: not JSON: {error.msg}"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"not JSON in UTF-8: {error}") from None
     reader.mistakes.extend(f"{name}: the key occurs twice" for name in twice)
     top = reader.section(parsed, "", TOP_KEYS)
     web = reader.section(top["webclient_info"], "webclient_info", WEBCLIENT_KEYS)
-    found, where = reader.section(top["central_info"], "central_info", CENTRAL_KEYS)["webhook"], "central_info.webhook"
+    found, where = (
+        reader.section(top["central_info"], "central_info", CENTRAL_KEYS)["webhook"],
+        "central_info.webhook",
+    )
     if isinstance(found, list) and found:
-        webhooks = [reader.webhook(one, f"{where}[{index}]", len(found) > 1) for index, one in enumerate(found)]
+        webhooks = [
+            reader.webhook(one, f"{where}[{index}]", len(found) > 1)
+            for index, one in enumerate(found)
+        ]
     else:
         webhooks = [reader.webhook(found, where, False)]
     for name in duplicates(webhook.name for webhook in webhooks if webhook.name):
-        reader.mistakes.append(f"{where}: expected a different name for each, found {json.dumps(name)} twice")
+        reader.mistakes.append(
+            f"{where}: expected a different name for each, found {json.dumps(name)} twice"
+        )
     if reader.has_secret and path:
         reader.warn_if_readable(path)
     if reader.mistakes:
         raise ConfigError(*reader.mistakes)
-    web["port"], web["log_file"] = int(web["port"]), web["log_file"] and os.path.join(reader.folder, web["log_file"])
+    web["port"], web["log_file"] = (
+        int(web["port"]),
+        web["log_file"] and os.path.join(reader.folder, web["log_file"]),
+    )
     return Config(**web, webhooks=tuple(webhooks))
 
 
@@ -1532,19 +1792,25 @@ def describe_webhook(webhook: Webhook) -> str:
     """Say in one line what a webhook demands of its sender, and what that does not protect."""
     scheme = HEADER_SIGNATURES.get(webhook.type)
     signed = " + ".join(["body", *scheme.signed_headers]) if scheme else "method, URL and time"
-    demands = [f"{scheme.header if scheme else 'signature, signature-input'} (HMAC-SHA256 over {signed})"]
+    demands = [
+        f"{scheme.header if scheme else 'signature, signature-input'} (HMAC-SHA256 over {signed})"
+    ]
     if webhook.api_key:
         demands.append(f"API key in {webhook.api_key.place} {webhook.api_key.name}")
     if webhook.provider:
         demands.append(f"OIDC access token by {webhook.provider.oidc.well_known_url}")
     hours = webhook.replay_window_seconds / 3600
-    return "; ".join([
-        f"{webhook.name}: {webhook.type} at {webhook.path or 'any path'}: {', '.join(demands)}",
-        f"tokens: {len(webhook.tokens)}",
-        f"at most {hours:g} h old" if hours else "of any age",
-        "body protected" if scheme else "BODY NOT PROTECTED, unless the sender covers content-digest",
-        "repetitions are not told" if webhook.type in UNTOLD else "repetitions are told",
-    ])  # fmt: skip
+    return "; ".join(
+        [
+            f"{webhook.name}: {webhook.type} at {webhook.path or 'any path'}: {', '.join(demands)}",
+            f"tokens: {len(webhook.tokens)}",
+            f"at most {hours:g} h old" if hours else "of any age",
+            "body protected"
+            if scheme
+            else "BODY NOT PROTECTED, unless the sender covers content-digest",
+            "repetitions are not told" if webhook.type in UNTOLD else "repetitions are told",
+        ]
+    )
 
 
 # ---- The way of a delivery: checks in their order, hints for the operator ---
@@ -1560,7 +1826,9 @@ def check_signature(webhook: Webhook, request: Request, now: float) -> tuple[int
             raise SignatureError(name + " occurs more than once")
     tokens, first = webhook.tokens, min(webhook.memory.last_token, len(webhook.tokens))
     found = verify_signature(request.body, headers, tokens[first:] + tokens[:first], scheme)
-    sent = parse_delivery_timestamp(headers[scheme.signed_headers[2]]) if scheme is CENTRAL else None
+    sent = (
+        parse_delivery_timestamp(headers[scheme.signed_headers[2]]) if scheme is CENTRAL else None
+    )
     return (first + found) % len(tokens), sent
 
 
@@ -1592,7 +1860,10 @@ def check_webhooks(
         except Refusal as refusal:
             refusal.webhook = webhook.name
             refusals.append(refusal)
-    raise max(refusals, key=lambda refusal: ("signature", "api_key", "oidc", "provider").index(refusal.reason))
+    raise max(
+        refusals,
+        key=lambda refusal: ("signature", "api_key", "oidc", "provider").index(refusal.reason),
+    )
 
 
 def identify(webhook: Webhook, request: Request) -> Keys:
@@ -1603,11 +1874,18 @@ def identify(webhook: Webhook, request: Request) -> Keys:
         return (short_digest(request.body),)
     # Security: bytes can be moved between the signed headers, so the signature names the delivery, not its ID; a retry
     # that is signed anew has another signature, so its ID with the body names it as well.
-    signature, delivery_id = request.headers[CENTRAL.header], request.headers[CENTRAL.signed_headers[1]]
-    return short_digest(signature.encode()), short_digest(delivery_id.encode("latin-1"), request.body)
+    signature, delivery_id = (
+        request.headers[CENTRAL.header],
+        request.headers[CENTRAL.signed_headers[1]],
+    )
+    return short_digest(signature.encode()), short_digest(
+        delivery_id.encode("latin-1"), request.body
+    )
 
 
-def make_delivery(webhook: Webhook, request: Request, sent: Optional[float], keys: Keys, now: float) -> Delivery:
+def make_delivery(
+    webhook: Webhook, request: Request, sent: Optional[float], keys: Keys, now: float
+) -> Delivery:
     """Put together what is kept and handed on; an API key in a field of the body is masked."""
     text = json_text(request.body)
     if text is not None and webhook.api_key and webhook.api_key.place == "field":
@@ -1615,7 +1893,10 @@ def make_delivery(webhook: Webhook, request: Request, sent: Optional[float], key
         text = f'{text[:start]}"***"{text[end:]}'
     delivery_id, sent_at = [request.headers.get(name) for name in CENTRAL.signed_headers[1:]]
     if webhook.type != "central":
-        delivery_id, sent_at = None, format_utc(sent) if sent is not None and abs(sent) < 1e11 else None
+        delivery_id, sent_at = (
+            None,
+            format_utc(sent) if sent is not None and abs(sent) < 1e11 else None,
+        )
     key = ".".join([key.hex() for key in keys]) or None
     return Delivery(now, webhook.name, webhook.type, delivery_id, sent_at, request.body, text, key)
 
@@ -1646,13 +1927,18 @@ def respell(body: bytes) -> Iterator[bytes]:
     with contextlib.suppress(ValueError, RecursionError):
         payload = load_json(body.decode())[0]
         for separators, only_ascii in itertools.product(((",", ":"), (", ", ": ")), (False, True)):
-            yield json.dumps(payload, separators=separators, ensure_ascii=only_ascii).encode(errors="replace")
+            yield json.dumps(payload, separators=separators, ensure_ascii=only_ascii).encode(
+                errors="replace"
+            )
 
 
 def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[Webhook]) -> str:
     """Return a hint why the signature of a request was not accepted, "" without one. It names no secret."""
     is_classic, is_new = CENTRAL.header in request.headers, "signature-input" in request.headers
-    body, is_small = request.body, len(request.body) < 1 << 16  # otherwise hints would cost too much
+    body, is_small = (
+        request.body,
+        len(request.body) < 1 << 16,
+    )  # otherwise hints would cost too much
     spellings = [*respell(body)] if is_small else []
     for webhook in webhooks:
         if is_new and not is_classic and webhook.type == "central":
@@ -1661,10 +1947,26 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
             return 'looks like classic Central, which needs "type": "central"'
         spaced = [token + end for token in webhook.tokens for end in ("\n", "\r\n", " ")]
         attempts = [
-            ("an older token would match, which a reload has removed", webhook.former_tokens, [body]),
-            ("the token with white space behind it would match: mend it at the sender", spaced, [body]),
-            ("the body would match if spelled otherwise: a proxy changed it", webhook.tokens, spellings),
-            *((f"the token of webhook {one.name!r} would match", one.tokens, [body]) for one in everywhere if is_small),
+            (
+                "an older token would match, which a reload has removed",
+                webhook.former_tokens,
+                [body],
+            ),
+            (
+                "the token with white space behind it would match: mend it at the sender",
+                spaced,
+                [body],
+            ),
+            (
+                "the body would match if spelled otherwise: a proxy changed it",
+                webhook.tokens,
+                spellings,
+            ),
+            *(
+                (f"the token of webhook {one.name!r} would match", one.tokens, [body])
+                for one in everywhere
+                if is_small
+            ),
         ]
         for hint, tokens, bodies in attempts:
             for spelling in bodies:
@@ -1673,7 +1975,9 @@ def explain(request: Request, webhooks: Sequence[Webhook], everywhere: Sequence[
                     check_signature(webhook._replace(tokens=tuple(tokens)), changed, time.time())
                     return hint
         with contextlib.suppress(SignatureError):
-            verify_signature(body, request.headers, webhook.tokens, CENTRAL._replace(signed_headers=()))
+            verify_signature(
+                body, request.headers, webhook.tokens, CENTRAL._replace(signed_headers=())
+            )
             return "the body alone would match: a proxy dropped the X-Central headers, or the sender leaves them out"
         if is_classic and not all(request.headers.get(name) for name in CENTRAL.signed_headers):
             return "does a proxy drop these headers?"
@@ -1686,8 +1990,12 @@ _REQUEST_LINE = re.compile(rf"{_TOKEN} [!-~]+ HTTP/[0-9]\.[0-9]".encode())
 _FIELD = re.compile(rf"^({_TOKEN}):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?")
-_ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://([^/?#]+)/?((?<=/).*|\?.*)?")  # RFC 9112 section 3.2.2
-_CHUNK_EXTENSION = rf'[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
+_ABSOLUTE_FORM = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.\-]*://([^/?#]+)/?((?<=/).*|\?.*)?"
+)  # RFC 9112 section 3.2.2
+_CHUNK_EXTENSION = (
+    rf'[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
+)
 _CHUNK_LINE = f"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*".encode()  # RFC 9112 section 7.1
 
 
@@ -1702,13 +2010,18 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     # Security: nothing but text and whole line ends. Bare CR or LF, NUL, folded lines and white space before the colon
     # are read differently by different programs: that is how requests are smuggled past a proxy.
     if len(found) != text.count("\n"):
-        raise Refusal("malformed", "a header field is malformed: its name, a control character, or a line without CRLF")
+        raise Refusal(
+            "malformed",
+            "a header field is malformed: its name, a control character, or a line without CRLF",
+        )
     if len(found) > MAX_HEADER_FIELDS:
         raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
     values = {name.lower(): value.strip(" \t") for name, value in found}
     again = duplicates(name.lower() for name, _ in found) if len(values) < len(found) else []
     for name in again:
-        values[name] = ", ".join(value.strip(" \t") for other, value in found if other.lower() == name)
+        values[name] = ", ".join(
+            value.strip(" \t") for other, value in found if other.lower() == name
+        )
     return values, frozenset(again)
 
 
@@ -1729,7 +2042,10 @@ def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
         absolute = _ABSOLUTE_FORM.fullmatch(target)
         target = "/" + (absolute[2] or "") if absolute and _HOST.fullmatch(absolute[1]) else ""
     if target[:1] != "/" or "#" in target:
-        raise Refusal("malformed", "the target of the request is neither a path nor an absolute URL without fragment")
+        raise Refusal(
+            "malformed",
+            "the target of the request is neither a path nor an absolute URL without fragment",
+        )
     path, mark, query = target.partition("?")
     return method, path, query if mark else None, version
 
@@ -1744,7 +2060,12 @@ def parse_head(head: bytes) -> Request:
     method, path, query, version = parse_request_line(line)
     headers, repeated = parse_fields(fields)
     host = headers.get("host")
-    if host is None and version == "HTTP/1.1" or "host" in repeated or not _HOST.fullmatch(host or ""):
+    if (
+        host is None
+        and version == "HTTP/1.1"
+        or "host" in repeated
+        or not _HOST.fullmatch(host or "")
+    ):
         raise Refusal("malformed", "Host is missing, malformed or there twice")
     return Request(method, path, query, version, headers, repeated)
 
@@ -1760,7 +2081,9 @@ def parse_framing(request: Request, max_body_bytes: int) -> Optional[int]:
         codings = {part.strip().lower() for part in coding.split(",")}
         twice = codings <= {"chunked", ""} and coding.lower() != "chunked"
         if length is not None or request.version == "HTTP/1.0" or twice:
-            raise Refusal("malformed", "Transfer-Encoding twice, with Content-Length or in HTTP/1.0")
+            raise Refusal(
+                "malformed", "Transfer-Encoding twice, with Content-Length or in HTTP/1.0"
+            )
         if codings != {"chunked"}:
             raise Refusal("coding", f"Transfer-Encoding is {coding[:40]!r}, expected chunked")
         return None
@@ -1777,7 +2100,9 @@ def parse_framing(request: Request, max_body_bytes: int) -> Optional[int]:
 
 
 @functools.lru_cache(maxsize=16)
-def encode_reply(second: int, status: int, kind: str, body: bytes, head_only: bool, close: bool, *extra: str) -> bytes:
+def encode_reply(
+    second: int, status: int, kind: str, body: bytes, head_only: bool, close: bool, *extra: str
+) -> bytes:
     """Return a whole reply, so that one send sends it: small writes cost 40 ms each with Nagle's algorithm.
 
     `second` is the Date, in epoch seconds: within one, the replies are mostly the same.
@@ -1796,7 +2121,9 @@ def encode_reply(second: int, status: int, kind: str, body: bytes, head_only: bo
 # ---- HTTP server ------------------------------------------------------------
 
 T = TypeVar("T")
-Steps = Generator[Any, Any, T]  # a part of a conversation: what it waits for, what it is brought, what it returns
+Steps = Generator[
+    Any, Any, T
+]  # a part of a conversation: what it waits for, what it is brought, what it returns
 Job = Callable[[], Any]
 
 
@@ -1842,11 +2169,15 @@ class Handler(BaseHTTPRequestHandler):
         """Serve the connection."""
         server, is_first, goes_on = self.server, True, True
         if len(server.connections) > server.config.max_connections:
-            overload = Refusal("overload", f"more than max_connections, {server.config.max_connections}")
+            overload = Refusal(
+                "overload", f"more than max_connections, {server.config.max_connections}"
+            )
             goes_on = self.refuse(overload)
         while goes_on:
             ahead = self.buffer[self.start : self.start + 2]
-            if ahead == b"\r\n":  # RFC 9112 section 2.2: an empty line before a request is passed over
+            if (
+                ahead == b"\r\n"
+            ):  # RFC 9112 section 2.2: an empty line before a request is passed over
                 self.start += 2
             elif ahead in (b"", b"\r"):
                 try:
@@ -1874,10 +2205,15 @@ class Handler(BaseHTTPRequestHandler):
             request = yield from self.read_head()
             length = parse_framing(request, server.config.max_body_bytes)
             webhooks = server.route(request)
-            expects = request.version == "HTTP/1.1" and request.headers.get("expect", "").lower() == "100-continue"
+            expects = (
+                request.version == "HTTP/1.1"
+                and request.headers.get("expect", "").lower() == "100-continue"
+            )
             if expects and length != 0:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.body = yield from self.read_chunked() if length is None else self.read_bytes(length)
+            request.body = (
+                yield from self.read_chunked() if length is None else self.read_bytes(length)
+            )
             if not webhooks:
                 return self.reply(request, *server.own_answer(request.path))
             check = functools.partial(check_webhooks, webhooks, request, time.time())
@@ -1885,7 +2221,9 @@ class Handler(BaseHTTPRequestHandler):
             webhook, (token, sent) = (yield check) if may_wait else check()  # authentic
             webhooks = [webhook]
             is_new = yield from server.keep(webhook, request, token, sent)
-            return self.reply(request, 200, b'{"status": "ok"}' if is_new else b'{"status": "duplicate"}')
+            return self.reply(
+                request, 200, b'{"status": "ok"}' if is_new else b'{"status": "duplicate"}'
+            )
         except Refusal as refusal:
             return self.refuse(refusal, request, webhooks)
 
@@ -1905,9 +2243,14 @@ class Handler(BaseHTTPRequestHandler):
             if len(self.buffer) - start > MAX_REQUEST_LINE_BYTES + 1:
                 line_end = self.buffer.find(b"\r\n", start)
                 if not 0 <= line_end - start <= MAX_REQUEST_LINE_BYTES:
-                    raise Refusal("target_too_long", f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes")
+                    raise Refusal(
+                        "target_too_long",
+                        f"the request line is above {MAX_REQUEST_LINE_BYTES} bytes",
+                    )
                 if (end if end >= 0 else len(self.buffer)) - line_end > MAX_HEADER_BYTES:
-                    raise Refusal("headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes")
+                    raise Refusal(
+                        "headers_too_large", f"the header fields are above {MAX_HEADER_BYTES} bytes"
+                    )
             if end >= 0:
                 self.start = end + 4
                 return parse_head(self.buffer[start : end + 2])
@@ -1948,7 +2291,9 @@ class Handler(BaseHTTPRequestHandler):
             size = int(match[1], 16)
             total += size
             if total > limit:
-                raise Refusal("body_too_large", f"the chunked body is above max_body_bytes, {limit}")
+                raise Refusal(
+                    "body_too_large", f"the chunked body is above max_body_bytes, {limit}"
+                )
             if size:
                 parts.append((yield from self.read_bytes(size)))
                 if (yield from self.read_bytes(2)) != b"\r\n":
@@ -1975,31 +2320,64 @@ class Handler(BaseHTTPRequestHandler):
         self.request.setblocking(False)
         self.unsent = b""
 
-    def reply(self, request: Request, status: int, body: bytes, kind: str = JSON, *extra: str) -> bool:
+    def reply(
+        self, request: Request, status: int, body: bytes, kind: str = JSON, *extra: str
+    ) -> bool:
         """Send a reply; return whether another request may follow."""
-        options = [option.strip() for option in request.headers.get("connection", "").lower().split(",")]
+        options = [
+            option.strip() for option in request.headers.get("connection", "").lower().split(",")
+        ]
         close = "close" in options or self.server.stopping or status >= 400 and status != 401
         close = close or request.version == "HTTP/1.0" and "keep-alive" not in options
         if LOG.is_verbose:
-            LOG.add("DEBUG", f"{status} to {self.server.peer_of(self.client_address, request)}: {body[:100].decode()}")
-        self.send(encode_reply(int(time.time()), status, kind, body, request.method == "HEAD", close, *extra))
+            LOG.add(
+                "DEBUG",
+                f"{status} to {self.server.peer_of(self.client_address, request)}: {body[:100].decode()}",
+            )
+        self.send(
+            encode_reply(
+                int(time.time()), status, kind, body, request.method == "HEAD", close, *extra
+            )
+        )
         self.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
         self.lingers = close and (status != 200 or self.server.stopping)
         return not close
 
-    def refuse(self, refusal: Refusal, request: Request = UNREAD, webhooks: Sequence[Webhook] = ()) -> bool:
+    def refuse(
+        self, refusal: Refusal, request: Request = UNREAD, webhooks: Sequence[Webhook] = ()
+    ) -> bool:
         """Log, count and answer a refusal; return whether the connection goes on, which it does after a 401."""
         server, (status, error) = self.server, REFUSALS[refusal.reason]
         name = refusal.webhook or (webhooks[0].name if len(webhooks) == 1 else "")
         server.metrics.count(name, refusal.reason, len(request.body))
         if LOG.admits_rejection():
-            hint = explain(request, webhooks, server.config.webhooks) if refusal.reason == "signature" else ""
-            peer, shown = server.peer_of(self.client_address, request), f" for {name!r}" if name else ""
-            LOG.add("WARNING", f"{status} to {peer}{shown}: {refusal.reason}: {refusal}{hint and f' ({hint})'}")
-        scheme = 'Bearer realm="central webhook"' if any(webhook.provider for webhook in webhooks) else "HMAC-SHA256"
+            hint = (
+                explain(request, webhooks, server.config.webhooks)
+                if refusal.reason == "signature"
+                else ""
+            )
+            peer, shown = (
+                server.peer_of(self.client_address, request),
+                f" for {name!r}" if name else "",
+            )
+            LOG.add(
+                "WARNING",
+                f"{status} to {peer}{shown}: {refusal.reason}: {refusal}{hint and f' ({hint})'}",
+            )
+        scheme = (
+            'Bearer realm="central webhook"'
+            if any(webhook.provider for webhook in webhooks)
+            else "HMAC-SHA256"
+        )
         allow = "GET, HEAD" if request.path in OWN_PATHS else "POST"
-        extra = {401: [f"WWW-Authenticate: {scheme}"], 405: [f"Allow: {allow}"], 503: ["Retry-After: 1"]}
-        return self.reply(request, status, json.dumps({"error": error}).encode(), JSON, *extra.get(status, ()))
+        extra = {
+            401: [f"WWW-Authenticate: {scheme}"],
+            405: [f"Allow: {allow}"],
+            503: ["Retry-After: 1"],
+        }
+        return self.reply(
+            request, status, json.dumps({"error": error}).encode(), JSON, *extra.get(status, ())
+        )
 
     def linger(self) -> Steps[None]:
         """Read and drop what still comes, for a while, and no longer count: to close with unread data is to reset the
@@ -2018,7 +2396,9 @@ class Metrics:
     """Counters in Prometheus' text format. A class because they outlive a configuration; labels are names of ours."""
 
     def __init__(self) -> None:
-        self.results: collections.Counter[tuple[str, str]] = collections.Counter()  # by webhook ("": none) and result
+        self.results: collections.Counter[tuple[str, str]] = (
+            collections.Counter()
+        )  # by webhook ("": none) and result
         self.last_accepted: dict[str, float] = {}
         self.body_bytes = 0
 
@@ -2029,15 +2409,23 @@ class Metrics:
 
     def render(self, names: Sequence[str], in_flight: int) -> bytes:
         """Return the text that Prometheus reads; all series of the webhooks called `names` exist."""
-        label = functools.partial(json.dumps, ensure_ascii=False)  # quotes and escapes as is done there
-        series = "central_webhook_deliveries_total", "central_webhook_last_accepted_timestamp_seconds"
+        label = functools.partial(
+            json.dumps, ensure_ascii=False
+        )  # quotes and escapes as is done there
+        series = (
+            "central_webhook_deliveries_total",
+            "central_webhook_last_accepted_timestamp_seconds",
+        )
         every = itertools.product(["", *names], [*REFUSALS, "accepted", "duplicate"])
         counts = sorted({**dict.fromkeys(every, 0), **self.results}.items())
         accepted = sorted({**dict.fromkeys(names, 0.0), **self.last_accepted}.items())
         lines = [
             f"# HELP {series[0]} Requests by webhook and result; an empty webhook is none of those configured.",
             f"# TYPE {series[0]} counter",
-            *(f'{series[0]}{{webhook={label(name)},result="{result}"}} {count}' for (name, result), count in counts),
+            *(
+                f'{series[0]}{{webhook={label(name)},result="{result}"}} {count}'
+                for (name, result), count in counts
+            ),
             f"# HELP {series[1]} Time of the last accepted delivery, 0 before the first.",
             f"# TYPE {series[1]} gauge",
             *(f"{series[1]}{{webhook={label(name)}}} {moment:.3f}" for name, moment in accepted),
@@ -2067,7 +2455,9 @@ class Receiver(ThreadingHTTPServer):
     leave `calls`. A handler is in `connections`, or in `lingering`, until it is closed.
     """
 
-    def __init__(self, config: Config, outputs: Outputs, render: Render, inherited: Optional[int] = None) -> None:
+    def __init__(
+        self, config: Config, outputs: Outputs, render: Render, inherited: Optional[int] = None
+    ) -> None:
         """Bind the configured address, or use an inherited descriptor. `render` is for stdout; None: JSON Lines.
 
         Raises:
@@ -2080,7 +2470,9 @@ class Receiver(ThreadingHTTPServer):
         self.unwatched: list[Handler] = []  # where more may have come
         self.reload_wanted: Optional[Callable[[], None]] = None
         self.is_writing = self.is_accepting = self.stopping = False
-        self.jobs: collections.deque[Optional[tuple[Job, Callable[[Any], None]]]] = collections.deque()
+        self.jobs: collections.deque[Optional[tuple[Job, Callable[[Any], None]]]] = (
+            collections.deque()
+        )
         self.has_jobs, self.running, self.threads = threading.Semaphore(0), 0, 0
         self.calls: collections.deque[Callable[[], None]] = collections.deque()
         self.metrics, self.next_look = Metrics(), 0.0
@@ -2089,14 +2481,24 @@ class Receiver(ThreadingHTTPServer):
         self.selector = selectors.DefaultSelector()
         self.waker, woken = socket.socketpair()
         self.waker.setblocking(False)
-        self.selector.register(woken, selectors.EVENT_READ, functools.partial(woken.recv, RECEIVE_BYTES))
-        self.socket = listen_on(config.host, config.port) if inherited is None else socket.socket(fileno=inherited)
-        if inherited is not None and not self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        self.selector.register(
+            woken, selectors.EVENT_READ, functools.partial(woken.recv, RECEIVE_BYTES)
+        )
+        self.socket = (
+            listen_on(config.host, config.port)
+            if inherited is None
+            else socket.socket(fileno=inherited)
+        )
+        if inherited is not None and not self.socket.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+        ):
             raise OSError(errno.EINVAL, "the inherited socket does not listen")
         # HTTPServer's own way to bind looks up the host's name, which can hang.
         socketserver.BaseServer.__init__(self, self.socket.getsockname(), Handler)
         if self.socket.family in (socket.AF_INET, socket.AF_INET6):
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
+            self.socket.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+            )  # what is accepted inherits it
         self.socket.setblocking(False)
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
@@ -2108,8 +2510,12 @@ class Receiver(ThreadingHTTPServer):
         self.watch_listener(False)
         self.accept_connections(LISTEN_QUEUE)  # they have been told that they are connected
         self.server_close()
-        now = quiet = time.monotonic()  # a proxy may be sending on a connection kept alive at this moment
-        while (self.connections or self.lingering) and now < min(deadline, quiet + DRAIN_QUIET_SECONDS):
+        now = quiet = (
+            time.monotonic()
+        )  # a proxy may be sending on a connection kept alive at this moment
+        while (self.connections or self.lingering) and now < min(
+            deadline, quiet + DRAIN_QUIET_SECONDS
+        ):
             self.serve_ready(0.02)
             now = time.monotonic()
             quiet = now if self.in_flight() else quiet
@@ -2127,7 +2533,9 @@ class Receiver(ThreadingHTTPServer):
             while self.calls:
                 self.calls.popleft()()
             unwatched, self.unwatched = self.unwatched, []
-            for handler in unwatched:  # a request has often come with its connection, and the end with the answer
+            for handler in (
+                unwatched
+            ):  # a request has often come with its connection, and the end with the answer
                 handler.receive()
             self.write_waiting()
             now = time.monotonic()
@@ -2153,7 +2561,9 @@ class Receiver(ThreadingHTTPServer):
         """Bring a connection what it waited for, or raise it there, and let it go on until it has to wait or ends."""
         steps = handler.steps
         try:
-            wanted = steps.throw(outcome) if isinstance(outcome, BaseException) else steps.send(outcome)
+            wanted = (
+                steps.throw(outcome) if isinstance(outcome, BaseException) else steps.send(outcome)
+            )
             handler.wanted = wanted
         except (StopIteration, OSError):  # OSError: the sender is gone, nobody to tell
             self.close_connection(handler)
@@ -2272,7 +2682,12 @@ class Receiver(ThreadingHTTPServer):
         peer = str(client_address[0]) if client_address else "localhost"
         if is_loopback(peer):
             with contextlib.suppress(ValueError):
-                forwarded = request.headers.get("x-forwarded-for", "").rpartition(",")[2].partition("%")[0].strip()
+                forwarded = (
+                    request.headers.get("x-forwarded-for", "")
+                    .rpartition(",")[2]
+                    .partition("%")[0]
+                    .strip()
+                )
                 return str(ipaddress.ip_address(forwarded))
         return peer
 
@@ -2289,13 +2704,17 @@ class Receiver(ThreadingHTTPServer):
     def own_answer(self, path: str) -> tuple[int, bytes, str]:
         """Answer /health or /metrics: status, body, media type."""
         if path == "/metrics":
-            text = self.metrics.render([webhook.name for webhook in self.config.webhooks], self.in_flight())
+            text = self.metrics.render(
+                [webhook.name for webhook in self.config.webhooks], self.in_flight()
+            )
             return 200, text, "text/plain; version=0.0.4; charset=utf-8"
         if self.outputs.has_failed() or self.stopping:
             return 503, b'{"error": "unavailable"}', JSON
         return 200, b'{"status": "ok"}', JSON
 
-    def keep(self, webhook: Webhook, request: Request, token: int, sent: Optional[float]) -> Steps[bool]:
+    def keep(
+        self, webhook: Webhook, request: Request, token: int, sent: Optional[float]
+    ) -> Steps[bool]:
         """Take what is authentic along the way of a delivery, to its end; return whether it was new. It is kept now.
 
         Raises:
@@ -2318,7 +2737,9 @@ class Receiver(ThreadingHTTPServer):
                 raise Refusal("handler", problem)
             line = render_json(delivery)
             shown = (self.render(delivery) if self.render else line + "}\n").encode()
-            failure = yield Entry(line, delivery.key, shown, time.monotonic() + self.outputs.patience_seconds)  # kept
+            failure = yield Entry(
+                line, delivery.key, shown, time.monotonic() + self.outputs.patience_seconds
+            )  # kept
         finally:
             memory.settle(keys, kept=not failure)
         if failure:
@@ -2332,7 +2753,10 @@ class Receiver(ThreadingHTTPServer):
         now = time.monotonic()
         if now - self.old_tokens_named.get((webhook.name, position), -1e9) > 60:
             self.old_tokens_named[webhook.name, position] = now
-            LOG.add("INFO", f"webhook {webhook.name!r}: token {position + 1} of {len(webhook.tokens)} still matches")
+            LOG.add(
+                "INFO",
+                f"webhook {webhook.name!r}: token {position + 1} of {len(webhook.tokens)} still matches",
+            )
 
     def prepare_reload(self, path: str) -> Config:
         """Return the configuration to go on with, its memories filled from its log where they are new; a job.
@@ -2341,8 +2765,12 @@ class Receiver(ThreadingHTTPServer):
             ConfigError, OutputError: it is wrong, or its log cannot be read.
         """
         config, present = load_config(path), self.config
-        known = {(one.name, one.type) for one in present.webhooks if config.log_file == present.log_file}
-        load_memories(config.log_file, [one for one in config.webhooks if (one.name, one.type) not in known])
+        known = {
+            (one.name, one.type) for one in present.webhooks if config.log_file == present.log_file
+        }
+        load_memories(
+            config.log_file, [one for one in config.webhooks if (one.name, one.type) not in known]
+        )
         return config
 
     def reload(self, config: Config) -> None:
@@ -2354,16 +2782,27 @@ class Receiver(ThreadingHTTPServer):
         if (config.host, config.port) != (self.config.host, self.config.port):
             LOG.add("WARNING", "host and port change with a restart only")
         self.outputs.reopen(config.log_file, config.request_timeout_seconds)
-        before, webhooks = {(webhook.name, webhook.type): webhook for webhook in self.config.webhooks}, []
+        before, webhooks = (
+            {(webhook.name, webhook.type): webhook for webhook in self.config.webhooks},
+            [],
+        )
         for webhook in config.webhooks:
             old = before.get((webhook.name, webhook.type), webhook)
             for keys in tuple(webhook.memory.order):
                 old.memory.settle(keys, kept=True)
-            former = [token for token in old.tokens + old.former_tokens if token not in webhook.tokens]
+            former = [
+                token for token in old.tokens + old.former_tokens if token not in webhook.tokens
+            ]
             same = webhook.provider and old.provider and webhook.provider.oidc == old.provider.oidc
             provider = old.provider if same else webhook.provider
-            webhooks.append(webhook._replace(memory=old.memory, former_tokens=tuple(former[:4]), provider=provider))
-        self.config = config._replace(host=self.config.host, port=self.config.port, webhooks=tuple(webhooks))
+            webhooks.append(
+                webhook._replace(
+                    memory=old.memory, former_tokens=tuple(former[:4]), provider=provider
+                )
+            )
+        self.config = config._replace(
+            host=self.config.host, port=self.config.port, webhooks=tuple(webhooks)
+        )
 
 
 # ---- The OIDC provider's keys -----------------------------------------------
@@ -2376,7 +2815,12 @@ class Provider:
     """
 
     def __init__(self, oidc: Oidc) -> None:
-        self.oidc, self.lock, self.failure, self.issuer = oidc, threading.Lock(), "no answer yet", ""
+        self.oidc, self.lock, self.failure, self.issuer = (
+            oidc,
+            threading.Lock(),
+            "no answer yet",
+            "",
+        )
         self.keys: Optional[list[RsaKey]] = None
         self.asked = self.answered = -1e9
 
@@ -2386,10 +2830,14 @@ class Provider:
         Raises:
             Refusal: the provider has never given its keys.
         """
-        if self.lock.acquire(blocking=not self.fitting(kid, algorithm)):  # others wait for who asks, if they must
+        if self.lock.acquire(
+            blocking=not self.fitting(kid, algorithm)
+        ):  # others wait for who asks, if they must
             try:
                 now = time.monotonic()
-                wanted = not self.fitting(kid, algorithm) or now - self.answered > PROVIDER_KEYS_SECONDS
+                wanted = (
+                    not self.fitting(kid, algorithm) or now - self.answered > PROVIDER_KEYS_SECONDS
+                )
                 if wanted and now - self.asked >= 2 * PROVIDER_SECONDS:
                     self.asked = now
                     self.ask()
@@ -2401,7 +2849,11 @@ class Provider:
 
     def fitting(self, kid: Optional[str], algorithm: str) -> list[RsaKey]:
         """Return the known keys that fit."""
-        return [key for key in self.keys or () if kid in (None, key.kid) and key.algorithm in ("", algorithm)]
+        return [
+            key
+            for key in self.keys or ()
+            if kid in (None, key.kid) and key.algorithm in ("", algorithm)
+        ]
 
     def ask(self) -> None:
         """Fetch the discovery document and the keys that it names."""
@@ -2421,7 +2873,9 @@ class Provider:
         """Fetch a JSON object."""
         status, data = exchange("GET", url, {"Accept": JSON}, None, PROVIDER_SECONDS / 2)
         if status != 200 or len(data) > MAX_ANSWER_BYTES:
-            raise ValueError(f"status {status} and {len(data)} bytes, expected 200 and at most {MAX_ANSWER_BYTES}")
+            raise ValueError(
+                f"status {status} and {len(data)} bytes, expected 200 and at most {MAX_ANSWER_BYTES}"
+            )
         return parse_json_object(data)
 
 
@@ -2449,7 +2903,12 @@ def exchange(
         watchdog.daemon = True
         watchdog.start()
         try:
-            connection.request(method, (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), body, headers)
+            connection.request(
+                method,
+                (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
+                body,
+                headers,
+            )
             answer = connection.getresponse()
             data = answer.read(MAX_ANSWER_BYTES + 1)
         finally:
@@ -2472,7 +2931,9 @@ def notify(*lines: str) -> None:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
                 messenger.setblocking(False)
-                messenger.sendto("\n".join(lines).encode(), "\0" + address[1:] if address[0] == "@" else address)
+                messenger.sendto(
+                    "\n".join(lines).encode(), "\0" + address[1:] if address[0] == "@" else address
+                )
         except OSError as error:
             LOG.add("WARNING", f"NOTIFY_SOCKET: {error.strerror}")
 
@@ -2496,7 +2957,9 @@ def reload_config(receiver: Receiver, path: str) -> None:
             if isinstance(outcome, Exception):
                 raise outcome
             receiver.reload(outcome)
-            LOG.add("INFO", f"configuration reloaded: {', '.join(one.name for one in outcome.webhooks)}")
+            LOG.add(
+                "INFO", f"configuration reloaded: {', '.join(one.name for one in outcome.webhooks)}"
+            )
         except (ConfigError, OutputError) as error:
             for mistake in error.args:
                 LOG.add("ERROR", f"{kept}: {mistake}")
@@ -2507,7 +2970,10 @@ def reload_config(receiver: Receiver, path: str) -> None:
     def wait_for_writes(outcome: Any) -> None:
         receiver.reload_wanted = functools.partial(swap, outcome)
         if receiver.is_writing and receiver.outputs.has_failed():
-            LOG.add("WARNING", f"the output is stuck, and the configuration is reloaded when it is no longer: {path}")
+            LOG.add(
+                "WARNING",
+                f"the output is stuck, and the configuration is reloaded when it is no longer: {path}",
+            )
 
     if receiver.stopping:
         return
@@ -2564,16 +3030,26 @@ SAMPLES = """{
 }"""  # shaped like what the vendors document; times are added when sent
 
 
-def sign_sample(webhook: Webhook, query: Optional[str], number: int, now: float) -> tuple[dict[str, str], bytes]:
+def sign_sample(
+    webhook: Webhook, query: Optional[str], number: int, now: float
+) -> tuple[dict[str, str], bytes]:
     """Return the headers and the body of a sample alert, signed with the first token as the sender would."""
     times = {"timestamp": int(now), "time": format_utc(now)}
     payload = {**json.loads(SAMPLES)[webhook.type], **times, "sample": number}
     headers = {"content-type": JSON, "date": email.utils.formatdate(now, usegmt=True)}
     if webhook.api_key:
-        (payload if webhook.api_key.place == "field" else headers)[webhook.api_key.name] = webhook.api_key.values[0]
-    body, token, scheme = json.dumps(payload).encode(), webhook.tokens[0], HEADER_SIGNATURES.get(webhook.type)
+        (payload if webhook.api_key.place == "field" else headers)[webhook.api_key.name] = (
+            webhook.api_key.values[0]
+        )
+    body, token, scheme = (
+        json.dumps(payload).encode(),
+        webhook.tokens[0],
+        HEADER_SIGNATURES.get(webhook.type),
+    )
     if scheme:
-        values = ("Alerts", f"sample-{int(now * 1000)}-{number}", format_utc(now))[: len(scheme.signed_headers)]
+        values = ("Alerts", f"sample-{int(now * 1000)}-{number}", format_utc(now))[
+            : len(scheme.signed_headers)
+        ]
         headers.update(zip(scheme.signed_headers, values))
         digest = hmac.digest(token.encode(), body + "".join(values).encode(), "sha256")
         headers[scheme.header] = scheme.prefix + scheme.encode(digest).decode()
@@ -2582,7 +3058,9 @@ def sign_sample(webhook: Webhook, query: Optional[str], number: int, now: float)
         covered = parse_dictionary(text)["sig1"]
         request = Request("POST", "", query, "HTTP/1.1", headers, frozenset())
         base = signature_base(request, covered, webhook.public_url, webhook.public_url.targets[0])
-        headers.update({"signature-input": text, "signature": "sig1=" + sign_base(token, base)[0].decode()})
+        headers.update(
+            {"signature-input": text, "signature": "sig1=" + sign_base(token, base)[0].decode()}
+        )
     return headers, body
 
 
@@ -2590,7 +3068,10 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     """Send a signed sample to `url` ("": the configured address) and print what comes back."""
     matching = [webhook for webhook in config.webhooks if name in (None, webhook.name)]
     if len(matching) != 1:
-        return fail("--webhook: expected one of " + ", ".join(webhook.name for webhook in config.webhooks), EX_USAGE)
+        return fail(
+            "--webhook: expected one of " + ", ".join(webhook.name for webhook in config.webhooks),
+            EX_USAGE,
+        )
     if not url and not config.port:
         return fail("--send-sample: port 0 is any free port, so give the URL", EX_USAGE)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
@@ -2638,10 +3119,18 @@ def run_demo(render: Render) -> int:
 
 def check_config(config: Config) -> int:
     """Say what each webhook demands, and whether the log can be written."""
-    print(*[ascii(describe_webhook(webhook))[1:-1] for webhook in config.webhooks], sep="\n", flush=True)
+    print(
+        *[ascii(describe_webhook(webhook))[1:-1] for webhook in config.webhooks],
+        sep="\n",
+        flush=True,
+    )
     path = config.log_file or os.devnull
     is_writable = os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK)
-    return 0 if is_writable and not os.path.isdir(path) else fail(f"{path}: cannot be written", EX_CANNOT_SERVE)
+    return (
+        0
+        if is_writable and not os.path.isdir(path)
+        else fail(f"{path}: cannot be written", EX_CANNOT_SERVE)
+    )
 
 
 def fail(message: str, code: int) -> int:
@@ -2653,16 +3142,31 @@ def fail(message: str, code: int) -> int:
 
 def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line; exits with 2 on wrong usage."""
-    parser = argparse.ArgumentParser(PROGRAM, description="Receive, verify and hand on alerts of Aruba Central.")
+    parser = argparse.ArgumentParser(
+        PROGRAM, description="Receive, verify and hand on alerts of Aruba Central."
+    )
     add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
     add("-i", "--input", metavar="FILE", help="the configuration, see input_info.json.example")
-    mode.add_argument("-t", "--check-config", action="store_true", help="check the configuration and exit")
+    mode.add_argument(
+        "-t", "--check-config", action="store_true", help="check the configuration and exit"
+    )
     sample = "send a signed sample alert to URL (default: the configured address) and exit"
     mode.add_argument("--send-sample", nargs="?", const="", metavar="URL", help=sample)
     mode.add_argument("--demo", action="store_true", help="show it at work; needs no configuration")
     add("--webhook", metavar="NAME", help="with --send-sample: which of several webhooks")
-    add("--header", metavar="'NAME: VALUE'", action="append", default=[], help="with --send-sample: a header to add")
-    add("--format", choices=("auto", "pretty", "json"), default="auto", help="of stdout; auto: pretty on a terminal")
+    add(
+        "--header",
+        metavar="'NAME: VALUE'",
+        action="append",
+        default=[],
+        help="with --send-sample: a header to add",
+    )
+    add(
+        "--format",
+        choices=("auto", "pretty", "json"),
+        default="auto",
+        help="of stdout; auto: pretty on a terminal",
+    )
     add("-v", "--verbose", action="store_true", help="log more")
     add("--version", action="version", version=f"{PROGRAM} {VERSION}")
     options = parser.parse_args(argv)
@@ -2693,7 +3197,9 @@ def start(config: Config, path: str, render: Render) -> int:
     for number in SIGNALS:  # until it serves
         signal.signal(number, lambda number, frame: os._exit(0) if number in STOP_SIGNALS else None)
     if sys.platform != "win32":
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # connections above max_connections need descriptors too
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[
+            1
+        ]  # connections above max_connections need descriptors too
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -2708,14 +3214,23 @@ def start(config: Config, path: str, render: Render) -> int:
     try:
         receiver = Receiver(config, outputs, render, inherited_descriptor())
     except (OSError, UnicodeError) as error:
-        reason, *_ = str(getattr(error, "strerror", None) or error).split(" (")  # what follows repeats the address
+        reason, *_ = str(getattr(error, "strerror", None) or error).split(
+            " ("
+        )  # what follows repeats the address
         return fail(f"{config.host} port {config.port}: {reason}", EX_CANNOT_SERVE)
     address: Any = receiver.server_address
-    shown = os.fsdecode(address) if isinstance(address, (str, bytes)) else "{} port {}".format(*address)
+    shown = (
+        os.fsdecode(address) if isinstance(address, (str, bytes)) else "{} port {}".format(*address)
+    )
     shown += f" (http://{bracket(address[0])}:{address[1]})" if isinstance(address, tuple) else ""
-    webhooks = ", ".join(f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks)
+    webhooks = ", ".join(
+        f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks
+    )
     log_file = f", {config.log_file}" if config.log_file else ""
-    LOG.add("INFO", f"{PROGRAM} {VERSION} listens on {shown}; webhooks: {webhooks}; output: stdout{log_file}")
+    LOG.add(
+        "INFO",
+        f"{PROGRAM} {VERSION} listens on {shown}; webhooks: {webhooks}; output: stdout{log_file}",
+    )
     return serve(receiver, path)
 
 
@@ -2731,7 +3246,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return send_sample(config, options.send_sample, options.webhook, options.header)
         if options.check_config:
             return check_config(config)
-        return start(config, options.input, choose_render(options.format, [one.name for one in config.webhooks]))
+        return start(
+            config,
+            options.input,
+            choose_render(options.format, [one.name for one in config.webhooks]),
+        )
     except ConfigError as error:
         return max(fail(f"{options.input}: {mistake}", EX_CONFIG) for mistake in error.args)
     except OutputError as error:

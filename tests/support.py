@@ -58,7 +58,12 @@ _counter = iter(range(1, 10**9))
 
 def new_body(**extra):
     """Return a JSON body that is different every time."""
-    payload = {"alert_type": "AP disconnected", "number": next(_counter), "severity": "Major", **extra}
+    payload = {
+        "alert_type": "AP disconnected",
+        "number": next(_counter),
+        "severity": "Major",
+        **extra,
+    }
     return json.dumps(payload).encode()
 
 
@@ -80,7 +85,13 @@ def central_headers(body, token=TOKEN, service="Alerts", delivery_id=None, times
 
 
 def raw_request(
-    method="POST", path=PATH, headers=None, body=b"", version="HTTP/1.1", length=True, host="localhost"
+    method="POST",
+    path=PATH,
+    headers=None,
+    body=b"",
+    version="HTTP/1.1",
+    length=True,
+    host="localhost",
 ):
     """Return a request as bytes; `headers` is a dict or a list of pairs."""
     pairs = list(headers.items()) if isinstance(headers, dict) else list(headers or [])
@@ -132,7 +143,9 @@ class Connection:
         head, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
         lines = head.decode("latin-1").split("\r\n")
         status = int(lines[0].split()[1])
-        headers = {line.split(":", 1)[0].lower(): line.split(":", 1)[1].strip() for line in lines[1:]}
+        headers = {
+            line.split(":", 1)[0].lower(): line.split(":", 1)[1].strip() for line in lines[1:]
+        }
         length = 0 if head_only or status == 100 else int(headers["content-length"])
         while len(self.buffer) < length:
             self._more()
@@ -240,7 +253,9 @@ class Receiver:
 
     def wait_for_stdout(self, count, seconds=10.0):
         """Return the lines on stdout as soon as there are `count`."""
-        deadline_poll(lambda: len(self.stdout_lines) >= count, seconds, f"fewer than {count} lines on stdout")
+        deadline_poll(
+            lambda: len(self.stdout_lines) >= count, seconds, f"fewer than {count} lines on stdout"
+        )
         return list(self.stdout_lines)
 
     def connect(self, timeout=10.0):
@@ -263,7 +278,9 @@ class Receiver:
     def wait(self, seconds=10):
         """Wait until the process has ended and all that it printed is there; return the exit code."""
         end = time.monotonic() + seconds
-        for thread in self._threads:  # to the end of its output, since a wait for the process itself polls slowly
+        for thread in (
+            self._threads
+        ):  # to the end of its output, since a wait for the process itself polls slowly
             thread.join(max(0.0, end - time.monotonic()))
         return self.process.wait(max(0.1, end - time.monotonic()))
 

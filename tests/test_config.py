@@ -46,7 +46,10 @@ def hook(**changes):
 
 
 def new_central(**changes):
-    return hook(type="new-central", **{"public_url": "https://central.example.com/centralwebhook", **changes})
+    return hook(
+        type="new-central",
+        **{"public_url": "https://central.example.com/centralwebhook", **changes},
+    )
 
 
 def api_key(**changes):
@@ -54,7 +57,11 @@ def api_key(**changes):
 
 
 def oidc(**changes):
-    found = {"well_known_url": "https://login.example.com/w", "audience": "receiver", "client_id": "central"}
+    found = {
+        "well_known_url": "https://login.example.com/w",
+        "audience": "receiver",
+        "client_id": "central",
+    }
     return hook(oidc=changed(found, changes))
 
 
@@ -150,7 +157,10 @@ class Mistakes(Called):
 
     def test_of_the_receiver(self):
         key = "webclient_info."
-        table = [(key + "host", web(host=value)) for value in (NOTHING, "", 5, True, ["127.0.0.1"], {}, None)]
+        table = [
+            (key + "host", web(host=value))
+            for value in (NOTHING, "", 5, True, ["127.0.0.1"], {}, None)
+        ]
         ports = (
             NOTHING,
             True,
@@ -172,14 +182,20 @@ class Mistakes(Called):
         table += [(key + "port", web(port=value)) for value in ports]
         table += [(key + "log_file", web(log_file=value)) for value in (5, True, "", ["x"], {})]
         for name in ("max_body_bytes", "max_connections"):
-            table += [(key + name, web(**{name: value})) for value in (-1, "100", True, 1.5, [], {}, 10**30)]
+            table += [
+                (key + name, web(**{name: value}))
+                for value in (-1, "100", True, 1.5, [], {}, 10**30)
+            ]
         for value in (-1, "10", True, [], {}, 10**30):
             table.append((key + "request_timeout_seconds", web(request_timeout_seconds=value)))
         self.assert_mistakes(table)
 
     def test_of_a_webhook(self):
         table = [(f"{HOOK}.name", hook(name=value)) for value in (5, "", True, [], {})]
-        table += [(f"{HOOK}.type", hook(type=value)) for value in ("classic", "Central", "", 5, True, [], {})]
+        table += [
+            (f"{HOOK}.type", hook(type=value))
+            for value in ("classic", "Central", "", 5, True, [], {})
+        ]
         paths = (
             "centralwebhook",
             "",
@@ -202,7 +218,20 @@ class Mistakes(Called):
         self.assert_mistakes(table)
 
     def test_of_a_token(self):
-        wrong = ("", 5, True, None, {}, [], [""], [5], [None], [[SECRET]], [SECRET, ""], {"token": SECRET})
+        wrong = (
+            "",
+            5,
+            True,
+            None,
+            {},
+            [],
+            [""],
+            [5],
+            [None],
+            [[SECRET]],
+            [SECRET, ""],
+            {"token": SECRET},
+        )
         spaces = (
             f" {SECRET}",
             f"{SECRET} ",
@@ -211,8 +240,15 @@ class Mistakes(Called):
             f"{SECRET}\u00a0",
             [SECRET, f" {SECRET}"],
         )
-        others = ("<placeholder>", "<token of the webhook, from Central>", ["<placeholder>"], "\ud800")
-        table = [(f"{HOOK}.token", hook(token=value)) for value in (NOTHING, *wrong, *spaces, *others)]
+        others = (
+            "<placeholder>",
+            "<token of the webhook, from Central>",
+            ["<placeholder>"],
+            "\ud800",
+        )
+        table = [
+            (f"{HOOK}.token", hook(token=value)) for value in (NOTHING, *wrong, *spaces, *others)
+        ]
         table.append((f"{HOOK}.token", hook(token_file="token")))
         self.assert_mistakes(table)
 
@@ -235,13 +271,22 @@ class Mistakes(Called):
             "ftp://central.example.com/a",
             "https://",
         )
-        urls += ("https:///a", "https://central.example.com:99999/a", "https://central.example.com:x/a")
-        urls += ("https://user@central.example.com/a", "https://central.example.com/a#b", "https://[::1/a")
+        urls += (
+            "https:///a",
+            "https://central.example.com:99999/a",
+            "https://central.example.com:x/a",
+        )
+        urls += (
+            "https://user@central.example.com/a",
+            "https://central.example.com/a#b",
+            "https://[::1/a",
+        )
         urls += ("https://central.example.com/a b", " https://central.example.com/a", "<URL>")
         table = [(key, new_central(public_url=value)) for value in urls]
         url = "https://central.example.com/a"
         table += [
-            (key, hook(type=kind, public_url=url)) for kind in ("central", "ip-fabric", "bracken", "entrupy")
+            (key, hook(type=kind, public_url=url))
+            for kind in ("central", "ip-fabric", "bracken", "entrupy")
         ]
         table.append((key, hook(public_url=url)))
         self.assert_mistakes(table)
@@ -253,11 +298,20 @@ class Mistakes(Called):
             for value in (NOTHING, "", 5, None, [], [""], "<key>", f" {SECRET}")
         ]
         table += [
-            (f"{key}.header", api_key(header=value)) for value in ("X Key", "X-Key:", "X-K\xe9y", "X\n")
+            (f"{key}.header", api_key(header=value))
+            for value in ("X Key", "X-Key:", "X-K\xe9y", "X\n")
         ]
         table += [(key, api_key(header=NOTHING)), (key, api_key(field="apiKey"))]
         self.assert_mistakes(table)
-        for value in (SECRET, 5, True, [], [{"header": "X-Key", "value": SECRET}], {}, {"value": SECRET}):
+        for value in (
+            SECRET,
+            5,
+            True,
+            [],
+            [{"header": "X-Key", "value": SECRET}],
+            {},
+            {"value": SECRET},
+        ):
             with self.subTest(value):
                 lines = self.mistakes(hook(api_key=value))
                 self.assertTrue(all(line.startswith(key) for line in lines), lines)
@@ -287,7 +341,9 @@ class Mistakes(Called):
         self.assert_mistakes(table)
         for value in ("x", 5, [], {}, True):
             with self.subTest(value):
-                self.assertTrue(all(line.startswith(key) for line in self.mistakes(hook(oidc=value))))
+                self.assertTrue(
+                    all(line.startswith(key) for line in self.mistakes(hook(oidc=value)))
+                )
 
     def test_a_provider_on_this_machine_may_do_without_tls(self):
         for host in ("127.0.0.1", "127.1.2.3", "[::1]", "localhost", "localhost:8080"):
@@ -326,7 +382,9 @@ class Mistakes(Called):
 
     def test_of_several_webhooks(self):
         def several(*changes):
-            return config_of(webhook=[changed({"name": "a", "token": SECRET}, change) for change in changes])
+            return config_of(
+                webhook=[changed({"name": "a", "token": SECRET}, change) for change in changes]
+            )
 
         self.assertEqual(self.check(several({}, {"name": "b"}))[0], 0)
         self.assertEqual(self.check(several({"name": NOTHING}))[0], 0)
@@ -467,7 +525,8 @@ class Mistakes(Called):
                     code, stdout, stderr = self.call(f"-i={path}", *mode)
                     self.assertEqual((code, stdout), (78, ""))
                     self.assertRegex(
-                        stderr, rf"\Acentral_webhook_client\.py: error: {re.escape(str(path))}: .+\n\Z"
+                        stderr,
+                        rf"\Acentral_webhook_client\.py: error: {re.escape(str(path))}: .+\n\Z",
                     )
 
     def test_all_mistakes_are_reported_at_once(self):
@@ -591,7 +650,15 @@ class TokenFiles(Called):
         self.token_file(f" {SECRET}\n".encode(), "space before")
         self.token_file(f"{SECRET}\n\t{SECRET}2\n".encode(), "tab in the second")
         self.token_file(b"<token>\n", "placeholder")
-        names = ("missing", "empty", "blank", "latin", "space behind", "space before", "tab in the second")
+        names = (
+            "missing",
+            "empty",
+            "blank",
+            "latin",
+            "space behind",
+            "space before",
+            "tab in the second",
+        )
         names += ("placeholder", ".", "token/x", "a\0b")
         for name in names:
             with self.subTest(name):
@@ -657,7 +724,10 @@ class Starts(Called):
     def test_a_log_file_that_cannot_be_opened(self):
         (self.folder / "directory").mkdir()
         self.assert_cannot_serve(
-            {"alerts.log": web(log_file="missing/alerts.log"), "directory": web(log_file="directory")}
+            {
+                "alerts.log": web(log_file="missing/alerts.log"),
+                "directory": web(log_file="directory"),
+            }
         )
         self.assertFalse((self.folder / "missing").exists())
 
@@ -669,7 +739,9 @@ class Starts(Called):
             self.skipTest("there is no IPv6 here")
         with Receiver(web(host="::1")) as receiver:
             with socket.create_connection(("::1", receiver.port), timeout=10) as connection:
-                connection.sendall(b"GET /health HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n")
+                connection.sendall(
+                    b"GET /health HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n"
+                )
                 self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 "))
 
 
@@ -741,9 +813,16 @@ class Started(Called):
 
 
 PLACEHOLDERS = (
-    "<token of the webhook>", "${CENTRAL_TOKEN}", "$CENTRAL_TOKEN", "{{ token }}", "%TOKEN%", "changeme", "CHANGE_ME",
-    "YOUR_TOKEN_HERE", "your_token_here",
-)  # fmt: skip
+    "<token of the webhook>",
+    "${CENTRAL_TOKEN}",
+    "$CENTRAL_TOKEN",
+    "{{ token }}",
+    "%TOKEN%",
+    "changeme",
+    "CHANGE_ME",
+    "YOUR_TOKEN_HERE",
+    "your_token_here",
+)
 
 
 class Placeholders(Called):
@@ -757,10 +836,18 @@ class Placeholders(Called):
                     self.write(config)
                     code, _, stderr = self.call("-i", str(self.path), "--check-config")
                     self.assertEqual((code, stderr.count("\n")), (78, 1), stderr)
-                    self.assertIn(f"{HOOK}.{key}: expected the real value, found a placeholder", stderr)
+                    self.assertIn(
+                        f"{HOOK}.{key}: expected the real value, found a placeholder", stderr
+                    )
 
     def test_a_real_secret_is_not_taken_for_a_placeholder(self):
-        for token in ("zSMrzuYrblgBfByy2JrM", "100%sure", "a{{b", "changes", "your-secret-key-here"):
+        for token in (
+            "zSMrzuYrblgBfByy2JrM",
+            "100%sure",
+            "a{{b",
+            "changes",
+            "your-secret-key-here",
+        ):
             with self.subTest(token):
                 self.write(hook(token=token))
                 self.assertEqual(self.call("-i", str(self.path), "--check-config")[0], 0)
@@ -785,9 +872,18 @@ class CheckConfig(Called):
     def test_it_says_one_line_a_webhook_and_exits_with_0(self):
         names = ("noc", "fabric", "new", "bracken", "entrupy")
         webhooks = [
-            {"name": "noc", "token": [SECRET, SECRET + "2"], "api_key": {"header": "X-Key", "value": SECRET}},
+            {
+                "name": "noc",
+                "token": [SECRET, SECRET + "2"],
+                "api_key": {"header": "X-Key", "value": SECRET},
+            },
             {"name": "fabric", "type": "ip-fabric", "path": "/fabric", "token": SECRET},
-            {"name": "new", "type": "new-central", "token": SECRET, "public_url": "https://a.example/b"},
+            {
+                "name": "new",
+                "type": "new-central",
+                "token": SECRET,
+                "public_url": "https://a.example/b",
+            },
             {"name": "bracken", "type": "bracken", "token": SECRET},
             {"name": "entrupy", "type": "entrupy", "token": SECRET},
         ]
@@ -822,7 +918,9 @@ class CheckConfig(Called):
 class Usage(Called):
     def test_wrong_usage_is_exit_code_2(self):
         self.write(hook())
-        several = config_of(webhook=[{"name": "a", "token": SECRET}, {"name": "b", "token": SECRET}])
+        several = config_of(
+            webhook=[{"name": "a", "token": SECRET}, {"name": "b", "token": SECRET}]
+        )
         (self.folder / "several.json").write_text(json.dumps(several))
         for arguments in (
             [],

@@ -74,7 +74,9 @@ class FaultCase(unittest.TestCase):
 
     def parse(self, data):
         """Return the parsed lines; fail if one is not whole."""
-        self.assertTrue(data.endswith(b"\n") or not data, f"it ends with a half line: {data[-80:]!r}")
+        self.assertTrue(
+            data.endswith(b"\n") or not data, f"it ends with a half line: {data[-80:]!r}"
+        )
         lines = []
         for line in data.splitlines():
             try:
@@ -227,7 +229,9 @@ class Stdout(FaultCase):
             connection.socket.close()
             self.assertEqual(receiver.wait(), 0)
             thread.join(10)
-        self.assertEqual([line["alert"] for line in self.parse(b"".join(shown))], [json.loads(body)])
+        self.assertEqual(
+            [line["alert"] for line in self.parse(b"".join(shown))], [json.loads(body)]
+        )
         self.assertEqual(len(self.logged_ids()), 1)
 
     def test_a_slow_reader_is_no_stalled_one(self):
@@ -261,7 +265,9 @@ class Stdout(FaultCase):
         self.assertNotIn("Traceback", said)
         self.assertIn("stdout", said)
 
-    @unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0, "needs to mount a small file system")
+    @unittest.skipUnless(
+        sys.platform == "linux" and os.geteuid() == 0, "needs to mount a small file system"
+    )
     def test_a_file_as_stdout_on_a_full_disk_has_no_torn_line_in_the_end(self):
         disk = self.folder / "disk"
         disk.mkdir()
@@ -292,7 +298,8 @@ class Stdout(FaultCase):
                 self.assertEqual(receiver.post(*one).json, OK)
                 self.assertEqual(self.health(receiver), 200)
         self.assertEqual(
-            sorted(self.logged_ids()), sorted(headers["X-Central-Delivery-ID"] for _, headers in sent)
+            sorted(self.logged_ids()),
+            sorted(headers["X-Central-Delivery-ID"] for _, headers in sent),
         )
         shown = [line["delivery_id"] for line in self.parse(output.read_bytes())]
         self.assertEqual(set(shown), set(self.logged_ids()))
@@ -372,7 +379,9 @@ class Limits(FaultCase):
                     connection.sendall(data)
                 for connection in opened:
                     connection.close()
-            deadline_poll(lambda: self.descriptors(receiver) <= before, message="descriptors are left open")
+            deadline_poll(
+                lambda: self.descriptors(receiver) <= before, message="descriptors are left open"
+            )
             self.assertEqual(receiver.deliver().status, 200)
             self.assertEqual(self.health(receiver), 200)
             self.assertNotIn("Traceback", "\n".join(receiver.stderr_lines))
@@ -388,10 +397,14 @@ class Limits(FaultCase):
             with receiver.connect() as steady:
                 steady.send(raw_request(headers=central_headers(body), body=body))
                 self.assertEqual(steady.read().status, 200)
-                idle = [socket.create_connection(("127.0.0.1", receiver.port), timeout=10) for _ in range(60)]
+                idle = [
+                    socket.create_connection(("127.0.0.1", receiver.port), timeout=10)
+                    for _ in range(60)
+                ]
                 try:
                     deadline_poll(
-                        lambda: self.descriptors(receiver) >= 40, message="there were enough descriptors"
+                        lambda: self.descriptors(receiver) >= 40,
+                        message="there were enough descriptors",
                     )
                     started, before = self.cpu_seconds(receiver), time.monotonic()
                     start = len(receiver.stderr_lines)
@@ -426,7 +439,9 @@ class Limits(FaultCase):
             for number, connection in enumerate(held):
                 with self.subTest(closed=number + 1):
                     connection.socket.close()
-                    deadline_poll(lambda: receiver.deliver().status == 200, message="there is still no room")
+                    deadline_poll(
+                        lambda: receiver.deliver().status == 200, message="there is still no room"
+                    )
         self.assertEqual(len(self.logged_ids()), 3)
 
     def test_room_that_silent_and_dripping_senders_take_is_free_again_in_time(self):
@@ -438,7 +453,9 @@ class Limits(FaultCase):
                 self.addCleanup(connection.socket.close)
                 connection.send(data)
             deadline_poll(lambda: receiver.deliver().status == 503, 2, "there was room")
-            deadline_poll(lambda: receiver.deliver().status == 200, message="there is still no room")
+            deadline_poll(
+                lambda: receiver.deliver().status == 200, message="there is still no room"
+            )
 
     @unittest.skipIf(resource is None, "needs many descriptors")
     def test_a_thousand_simultaneous_connections_all_get_an_answer(self):

@@ -54,7 +54,12 @@ def with_lines(*lines, body=None, length=True):
 def chunked(raw, body, *lines):
     """Return a signed request for `body` whose bytes on the wire are `raw`."""
     head = raw_request(headers=central_headers(body), body=b"", length=False)[:-2]
-    return head + b"".join(line + b"\r\n" for line in (b"Transfer-Encoding: chunked", *lines)) + b"\r\n" + raw
+    return (
+        head
+        + b"".join(line + b"\r\n" for line in (b"Transfer-Encoding: chunked", *lines))
+        + b"\r\n"
+        + raw
+    )
 
 
 def chunks(body, size):
@@ -136,7 +141,8 @@ class Statuses(Served):
             {
                 "as Central sends it": good(),
                 "header names in lower case": raw_request(
-                    headers={name.lower(): value for name, value in central_headers(body).items()}, body=body
+                    headers={name.lower(): value for name, value in central_headers(body).items()},
+                    body=body,
                 ),
                 "a query": good(path=PATH + "?a=b"),
                 "an empty query": good(path=PATH + "?"),
@@ -184,8 +190,12 @@ class Statuses(Served):
                 "another protocol": request.replace(b"HTTP/1.1", b"SPDY/1.1"),
                 "a method of wrong characters": request.replace(b"POST", b"PO(ST"),
                 "a space within the target": request.replace(PATH.encode(), b"/central webhook"),
-                "a control character in the target": request.replace(PATH.encode(), PATH.encode() + b"\x01"),
-                "a byte above ASCII in the target": request.replace(PATH.encode(), PATH.encode() + b"\xe9"),
+                "a control character in the target": request.replace(
+                    PATH.encode(), PATH.encode() + b"\x01"
+                ),
+                "a byte above ASCII in the target": request.replace(
+                    PATH.encode(), PATH.encode() + b"\xe9"
+                ),
                 "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40) + b"\r\n\r\n",
                 "no colon": with_lines(b"X-Header"),
                 "an empty name": with_lines(b": value"),
@@ -223,7 +233,9 @@ class Statuses(Served):
         body = b"12345"
 
         def length(*values):
-            return with_lines(*(b"Content-Length: " + value for value in values), body=body, length=False)
+            return with_lines(
+                *(b"Content-Length: " + value for value in values), body=body, length=False
+            )
 
         coding = b"Transfer-Encoding: chunked"
         self.assert_statuses(
@@ -266,7 +278,9 @@ class Statuses(Served):
                     coding, b"Content-Length: 0", body=chunks(body, 5), length=False
                 ),
                 "chunked twice": with_lines(coding, coding, body=chunks(body, 5), length=False),
-                "chunked, chunked": with_lines(coding + b", chunked", body=chunks(body, 5), length=False),
+                "chunked, chunked": with_lines(
+                    coding + b", chunked", body=chunks(body, 5), length=False
+                ),
                 "space before the colon": with_lines(
                     b"Transfer-Encoding : chunked", body=chunks(body, 5), length=False
                 ),
@@ -282,7 +296,9 @@ class Statuses(Served):
     def test_another_transfer_coding(self):
         for coding in (b"gzip", b"gzip, chunked", b"identity", b"chunked, gzip", b"xchunked", b"x"):
             with self.subTest(coding):
-                raw = with_lines(b"Transfer-Encoding: " + coding, length=False, body=chunks(b"12345", 5))
+                raw = with_lines(
+                    b"Transfer-Encoding: " + coding, length=False, body=chunks(b"12345", 5)
+                )
                 self.assert_status(raw, 501)
 
     def test_another_version(self):
@@ -291,7 +307,14 @@ class Statuses(Served):
                 self.assert_status(good(version=version), 505)
 
     def test_an_unknown_path(self):
-        paths = ("/", "/other", "/centralwebhook/", "/centralwebhoo", "/CentralWebhook", "//centralwebhook")
+        paths = (
+            "/",
+            "/other",
+            "/centralwebhook/",
+            "/centralwebhoo",
+            "/CentralWebhook",
+            "//centralwebhook",
+        )
         paths += (
             "/./centralwebhook",
             "/x/../centralwebhook",
@@ -299,7 +322,14 @@ class Statuses(Served):
             "/centralwebhook;x",
             "/?/centralwebhook",
         )
-        for path in (*paths, "/centralwebhook%3F", "/healthz", "/metrics/", "/Health", "/favicon.ico"):
+        for path in (
+            *paths,
+            "/centralwebhook%3F",
+            "/healthz",
+            "/metrics/",
+            "/Health",
+            "/favicon.ico",
+        ):
             for method in ("POST", "GET", "DELETE"):
                 with self.subTest(path, method=method):
                     self.assert_status(good(path=path, method=method), 404)
@@ -357,7 +387,9 @@ class Statuses(Served):
             table[f"{name} twice, one is empty"] = raw_request(
                 headers=[*pairs, (name.lower(), "")], body=body
             )
-            table[f"{name} twice, the first is wrong"] = raw_request(headers=[(name, "x"), *pairs], body=body)
+            table[f"{name} twice, the first is wrong"] = raw_request(
+                headers=[(name, "x"), *pairs], body=body
+            )
             table[f"{name} with an underscore"] = raw_request(
                 headers={**others, name.replace("-", "_"): headers[name]}, body=body
             )
@@ -478,7 +510,11 @@ class Pieces(Served):
             self.assertTrue(connection.is_closed())
 
     def test_what_follows_a_refusal_is_not_served(self):
-        for raw in (with_lines(b"X-Header : value"), good(path="/other"), with_lines(b"Content-Length: 5")):
+        for raw in (
+            with_lines(b"X-Header : value"),
+            good(path="/other"),
+            with_lines(b"Content-Length: 5"),
+        ):
             body = new_body()
             before = len(self.receiver.stdout_lines)
             with self.receiver.connect() as connection:
@@ -517,7 +553,9 @@ class Bodies(Served):
     def test_a_length_that_is_too_large_is_refused_before_the_body(self):
         for length in ("1048577", "99999999999", "9" * 400, "9" * 5000):
             with self.subTest(length[:12]):
-                self.assert_status(raw_request(headers={"Content-Length": length}, length=False), 413)
+                self.assert_status(
+                    raw_request(headers={"Content-Length": length}, length=False), 413
+                )
 
     def test_a_chunk_that_is_too_large_is_refused_before_its_data(self):
         for size in (b"100001", b"ffffffff", b"7fffffffffffffff", b"ffffffffffffffff"):
@@ -537,7 +575,11 @@ class Bodies(Served):
             ("another path", good(body, path="/other"), 404),
             ("another method", good(body, method="PUT"), 405),
             ("malformed", with_lines(b"X-Header : value", body=body), 400),
-            ("another coding", with_lines(b"Transfer-Encoding: gzip", body=body, length=False), 501),
+            (
+                "another coding",
+                with_lines(b"Transfer-Encoding: gzip", body=body, length=False),
+                501,
+            ),
         ):
             with self.subTest(what), self.receiver.connect() as connection:
                 connection.send(raw)
@@ -586,7 +628,16 @@ class Bodies(Served):
             b"\xd9\xa5",
             b"5\0",
         )
-        extensions = (b"5;\0", b"5;a\x7f", b"5;=x", b'5;a="b', b"5;a=\xe9", b"5; a = (", b"5 x", b"5;a\rb")
+        extensions = (
+            b"5;\0",
+            b"5;a\x7f",
+            b"5;=x",
+            b'5;a="b',
+            b"5;a=\xe9",
+            b"5; a = (",
+            b"5 x",
+            b"5;a\rb",
+        )
         table = {f"{size!r}": size + tail for size in (*sizes, *extensions)}
         table.update(
             {
@@ -644,7 +695,9 @@ class Bodies(Served):
     def test_a_sender_that_vanishes_does_no_harm(self):
         for raw in (b"", b"POST", good()[:50], good()[:-5], good()):
             connection = self.receiver.connect()
-            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.socket.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
             connection.send(raw)
             connection.socket.close()  # with a reset
         self.assert_status(good(), 200)
@@ -660,7 +713,11 @@ class Expect(Served):
         for what, raw, body in (
             ("length", with_lines(self.EXPECT, body=b'{"a":1}'), b'{"a":1}'),
             ("other case", with_lines(b"expect: 100-Continue", body=b'{"a":2}'), b'{"a":2}'),
-            ("chunked", chunked(chunks(b'{"a":3}', 3), b'{"a":3}', self.EXPECT), chunks(b'{"a":3}', 3)),
+            (
+                "chunked",
+                chunked(chunks(b'{"a":3}', 3), b'{"a":3}', self.EXPECT),
+                chunks(b'{"a":3}', 3),
+            ),
         ):
             with self.subTest(what), self.receiver.connect() as connection:
                 connection.send(raw[: -len(body)])
@@ -673,7 +730,11 @@ class Expect(Served):
     def test_the_final_status_comes_without_100_where_it_is_already_known(self):
         head = with_lines(self.EXPECT, body=b"")[:-2].replace(b"Content-Length: 0\r\n", b"")
         for what, raw, status in (
-            ("another path", head.replace(PATH.encode(), b"/other") + b"Content-Length: 5\r\n\r\n", 404),
+            (
+                "another path",
+                head.replace(PATH.encode(), b"/other") + b"Content-Length: 5\r\n\r\n",
+                404,
+            ),
             ("another method", head.replace(b"POST", b"PUT") + b"Content-Length: 5\r\n\r\n", 405),
             ("too large", head + b"Content-Length: 1048577\r\n\r\n", 413),
             ("no length", head + b"\r\n", 411),
@@ -789,10 +850,17 @@ class Connections(Served):
         for answer in answers:
             self.assert_reply(answer, 401)
             self.assertEqual(answer.body, answers[0].body)
-            self.assertEqual(answer.headers["www-authenticate"], answers[0].headers["www-authenticate"])
+            self.assertEqual(
+                answer.headers["www-authenticate"], answers[0].headers["www-authenticate"]
+            )
 
     def test_no_reply_names_software_and_version(self):
-        for raw in (good(), good(path="/other"), b"x\r\n\r\n", raw_request("GET", "/metrics", length=False)):
+        for raw in (
+            good(),
+            good(path="/other"),
+            b"x\r\n\r\n",
+            raw_request("GET", "/metrics", length=False),
+        ):
             answer = self.receiver.request(raw)
             for name, value in answer.headers.items():
                 self.assertNotIn(name, ("server", "x-powered-by"))
@@ -805,7 +873,9 @@ class Limits(Served):
     def test_too_many_connections_are_told_so_and_the_receiver_recovers(self):
         def is_admitted():
             with contextlib.suppress(ConnectionError, EOFError):
-                return self.receiver.request(raw_request("GET", "/health", length=False)).status == 200
+                return (
+                    self.receiver.request(raw_request("GET", "/health", length=False)).status == 200
+                )
 
         with contextlib.ExitStack() as stack:
             held = [stack.enter_context(self.receiver.connect()) for _ in range(4)]
@@ -815,7 +885,9 @@ class Limits(Served):
             for body in (b"", new_body(), bytes(100000)):
                 with self.receiver.connect() as connection:
                     raw = good(body)
-                    for start in range(0, len(raw), 10000):  # all of it is sent before the answer is read
+                    for start in range(
+                        0, len(raw), 10000
+                    ):  # all of it is sent before the answer is read
                         connection.send(raw[start : start + 10000])
                         time.sleep(0.005)
                     answer = connection.read()
@@ -946,7 +1018,11 @@ def series(receiver):
     answer = receiver.request(raw_request("GET", "/metrics", length=False))
     assert answer.status == 200, answer.status
     assert answer.headers["content-type"].startswith("text/plain"), answer.headers
-    lines = [line for line in answer.body.decode("ascii").splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in answer.body.decode("ascii").splitlines()
+        if line and not line.startswith("#")
+    ]
     pairs = [line.rsplit(" ", 1) for line in lines]
     assert len(dict(pairs)) == len(pairs), "a series occurs twice"
     return {name: float(value) for name, value in pairs}
@@ -1062,7 +1138,12 @@ class Webhooks(Served):
             {"name": "fabric", "path": "/shared", "type": "ip-fabric", "token": "token-3"},
             {"name": "alone", "path": "/alone", "token": "token-4"},
             {"name": "strange", "path": "/a/%2f!$&'()*+,;=:@~", "token": "token-5"},
-            {"name": "half an hour", "path": "/half-an-hour", "token": "token-6", "replay_window_hours": 0.5},
+            {
+                "name": "half an hour",
+                "path": "/half-an-hour",
+                "token": "token-6",
+                "replay_window_hours": 0.5,
+            },
             {"name": "any path, any age", "token": TOKEN, "replay_window_hours": 0},
         ],
         max_body_bytes=100,
@@ -1072,7 +1153,9 @@ class Webhooks(Served):
         """Deliver; return the webhook that is named on stdout."""
         answer = self.receiver.post(body, headers, path)
         self.assert_reply(answer, 200)
-        lines = deadline_poll(lambda: [one for one in self.receiver.stdout_lines if body.decode() in one])
+        lines = deadline_poll(
+            lambda: [one for one in self.receiver.stdout_lines if body.decode() in one]
+        )
         return json.loads(lines[0])["webhook"]
 
     def test_the_webhook_whose_checks_pass_names_the_delivery(self):
@@ -1095,12 +1178,16 @@ class Webhooks(Served):
     def test_a_token_is_valid_on_its_own_path_only(self):
         for token, path in (("token-1", "/alone"), ("token-4", "/shared"), ("token-5", "/alone")):
             body = new_body()
-            self.assert_reply(self.receiver.post(body, central_headers(body, token=token), path), 401)
+            self.assert_reply(
+                self.receiver.post(body, central_headers(body, token=token), path), 401
+            )
 
     def test_each_webhook_has_its_own_memory(self):
         body = new_body()
         for token, path in (("token-1", "/shared"), ("token-4", "/alone")):
-            answer = self.receiver.post(body, central_headers(body, token=token, delivery_id="same"), path)
+            answer = self.receiver.post(
+                body, central_headers(body, token=token, delivery_id="same"), path
+            )
             self.assertEqual(answer.json, {"status": "ok"})
 
     def test_a_webhook_without_a_path_takes_any_but_our_own(self):
@@ -1111,10 +1198,18 @@ class Webhooks(Served):
         for path in ("/health", "/metrics"):
             with self.subTest(path):
                 self.assert_status(good(path=path), 405)
-                self.assertEqual(self.receiver.request(raw_request("GET", path, length=False)).status, 200)
+                self.assertEqual(
+                    self.receiver.request(raw_request("GET", path, length=False)).status, 200
+                )
 
     def test_with_a_window_of_0_the_time_is_not_looked_at(self):
-        for stamp in (now_stamp(-(10**8)), now_stamp(10**8), "yesterday", "0", "2016-99-99T00:00:00Z"):
+        for stamp in (
+            now_stamp(-(10**8)),
+            now_stamp(10**8),
+            "yesterday",
+            "0",
+            "2016-99-99T00:00:00Z",
+        ):
             body = new_body()
             with self.subTest(stamp):
                 self.assert_status(
@@ -1155,7 +1250,9 @@ class RecentAndNew(Served):
         last = new_body()
         self.assertEqual(self.status(last, central_headers(last)), "ok")
         deadline_poll(lambda: any(last.decode() in line for line in self.receiver.stdout_lines))
-        self.assertEqual(len([line for line in self.receiver.stdout_lines if body.decode() in line]), 1)
+        self.assertEqual(
+            len([line for line in self.receiver.stdout_lines if body.decode() in line]), 1
+        )
 
     def test_a_retry_that_is_signed_anew_is_a_repetition(self):
         body = new_body()
@@ -1166,7 +1263,9 @@ class RecentAndNew(Served):
     def test_another_id_with_the_same_body_is_another_delivery(self):
         body = new_body()
         for delivery_id in ("x-1", "x-2"):
-            self.assertEqual(self.status(body, central_headers(body, delivery_id=delivery_id)), "ok")
+            self.assertEqual(
+                self.status(body, central_headers(body, delivery_id=delivery_id)), "ok"
+            )
 
     def test_the_same_id_with_another_body_is_another_delivery(self):
         for _ in range(2):
@@ -1248,7 +1347,9 @@ class RecentAndNew(Served):
         self.assertEqual(
             self.status(body, central_headers(body, timestamp=stamp, delivery_id="as-sent")), "ok"
         )
-        lines = deadline_poll(lambda: [line for line in self.receiver.stdout_lines if body.decode() in line])
+        lines = deadline_poll(
+            lambda: [line for line in self.receiver.stdout_lines if body.decode() in line]
+        )
         found = json.loads(lines[0])
         self.assertEqual((found["sent_at"], found["delivery_id"]), (stamp, "as-sent"))
 

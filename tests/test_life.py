@@ -53,7 +53,8 @@ class Senders:
         self.accepted, self.statuses, self.errors = [], collections.Counter(), collections.Counter()
         self.stopping, self.deadline = threading.Event(), time.monotonic() + 30
         self.threads = [
-            threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(count)
+            threading.Thread(target=self._run, args=(number,), daemon=True)
+            for number in range(count)
         ]
 
     def __enter__(self):
@@ -76,7 +77,9 @@ class Senders:
         """Wait until so many more deliveries have got their 200."""
         goal = len(self.accepted) + more
         deadline_poll(
-            lambda: len(self.accepted) >= goal, seconds, f"no {more} deliveries accepted: {self.errors}"
+            lambda: len(self.accepted) >= goal,
+            seconds,
+            f"no {more} deliveries accepted: {self.errors}",
         )
 
     def _run(self, number):
@@ -167,7 +170,9 @@ class LifeCase(unittest.TestCase):
         """Return the gauge of requests in flight, the one that asks for it included."""
         text = receiver.request(raw_request("GET", "/metrics", length=False)).body.decode()
         return next(
-            float(line.split()[-1]) for line in text.splitlines() if "in_flight" in line and line[0] != "#"
+            float(line.split()[-1])
+            for line in text.splitlines()
+            if "in_flight" in line and line[0] != "#"
         )
 
 
@@ -183,7 +188,9 @@ class Reload(LifeCase):
 
     def wait_for_token(self, receiver, token, status=200):
         """Wait until a delivery under this token is answered so."""
-        deadline_poll(lambda: receiver.deliver(token=token).status == status, message=f"never {status}")
+        deadline_poll(
+            lambda: receiver.deliver(token=token).status == status, message=f"never {status}"
+        )
 
     def test_a_token_is_rotated_under_load_without_a_single_refusal(self):
         with Receiver(self.config()) as receiver, Senders(receiver.port, 4) as senders:
@@ -232,12 +239,19 @@ class Reload(LifeCase):
                 ("an unknown key", {**changed, "extra": 1}, "extra"),
                 ("a port out of range", config_of(port=65536), r"webclient_info\.port"),
                 ("no webhook", {**changed, "central_info": {"webhook": []}}, "webhook"),
-                ("nameless webhooks of no type", config_of(webhook=nameless), "not reloaded.*webhook"),
+                (
+                    "nameless webhooks of no type",
+                    config_of(webhook=nameless),
+                    "not reloaded.*webhook",
+                ),
                 (
                     "a log file that cannot be opened",
                     {
                         **changed,
-                        "webclient_info": {**changed["webclient_info"], "log_file": "missing/alerts.jsonl"},
+                        "webclient_info": {
+                            **changed["webclient_info"],
+                            "log_file": "missing/alerts.jsonl",
+                        },
                     },
                     r"missing.alerts\.jsonl",
                 ),
@@ -264,7 +278,9 @@ class Reload(LifeCase):
         with Receiver(config_of(webhook=[noc])) as receiver:
             self.assertEqual(receiver.post(body, headers, "/noc").json, {"status": "ok"})
             self.assertEqual(receiver.post(body, headers, "/lab").status, 404)
-            receiver.write_config(config_of(webhook=[lab, noc], max_body_bytes=500, log_file=str(self.log)))
+            receiver.write_config(
+                config_of(webhook=[lab, noc], max_body_bytes=500, log_file=str(self.log))
+            )
             self.hang_up(receiver)
             self.assertEqual(receiver.post(body, headers, "/noc").json, {"status": "duplicate"})
             self.assertEqual(receiver.post(body, headers, "/lab").json, {"status": "ok"})
@@ -275,7 +291,9 @@ class Reload(LifeCase):
             self.hang_up(receiver)
             self.assertEqual(receiver.post(body, headers, "/noc").status, 404)
             self.assertEqual(receiver.post(body, headers, "/lab").json, {"status": "duplicate"})
-            self.assertNotIn("restart", "\n".join(receiver.stderr_lines).lower())  # same host, same port
+            self.assertNotIn(
+                "restart", "\n".join(receiver.stderr_lines).lower()
+            )  # same host, same port
 
     def test_a_log_that_is_rotated_under_load_loses_no_delivery(self):
         logs = []
@@ -285,7 +303,9 @@ class Reload(LifeCase):
                 logs.append(self.log.with_suffix(f".{number}"))
                 self.log.rename(logs[-1])
                 receiver.process.send_signal(signal.SIGHUP)
-                deadline_poll(lambda: self.log.exists() and self.log.stat().st_size, message="no new log")
+                deadline_poll(
+                    lambda: self.log.exists() and self.log.stat().st_size, message="no new log"
+                )
             senders.finish()
             self.assertEqual(dict(senders.statuses), {200: len(senders.accepted)})
         ids = self.logged_ids(*logs, self.log)
@@ -357,14 +377,18 @@ class Stop(LifeCase):
                     self.assertTrue(slow.is_closed())
                     self.assertNotIn("Traceback", "".join(receiver.stderr_lines))
 
-    def test_a_stop_waits_neither_for_idle_connections_nor_for_more_than_the_time_of_a_request(self):
+    def test_a_stop_waits_neither_for_idle_connections_nor_for_more_than_the_time_of_a_request(
+        self,
+    ):
         idle = Receiver(self.config(log_file="alerts.jsonl"))
         begun = Receiver(self.config(log_file="alerts.jsonl", request_timeout_seconds=0.3))
         with at_once(idle, begun):
             connections = [idle.connect() for _ in range(6)]
             for connection in connections:
                 self.addCleanup(connection.socket.close)
-            for connection in connections[:3]:  # half of them between two requests, half before the first
+            for connection in connections[
+                :3
+            ]:  # half of them between two requests, half before the first
                 connection.send(HEALTH)
                 self.assertEqual(connection.read().status, 200)
             slow, _, _ = self.begin_request(begun)  # it is never completed
@@ -416,13 +440,18 @@ class Systemd(LifeCase):
         with Receiver(self.config(), environment={"NOTIFY_SOCKET": address}) as receiver:
             self.assertEqual(self.state(messenger), {"READY": "1"})
             self.assertEqual(receiver.deliver().status, 200)
-            for config in (self.config(token=NEW_TOKEN), "{"):  # READY=1 is waited for after a failure too
+            for config in (
+                self.config(token=NEW_TOKEN),
+                "{",
+            ):  # READY=1 is waited for after a failure too
                 receiver.write_config(config)
                 before = time.monotonic_ns() // 1000
                 receiver.process.send_signal(signal.SIGHUP)
                 state = self.state(messenger)
                 self.assertEqual(state["RELOADING"], "1")
-                if sys.platform == "linux":  # elsewhere the clock may differ from process to process
+                if (
+                    sys.platform == "linux"
+                ):  # elsewhere the clock may differ from process to process
                     self.assertLessEqual(before, int(state["MONOTONIC_USEC"]))
                     self.assertLessEqual(int(state["MONOTONIC_USEC"]), time.monotonic_ns() // 1000)
                 self.assertEqual(self.state(messenger), {"READY": "1"})
@@ -444,7 +473,9 @@ class Systemd(LifeCase):
             self.assertEqual(self.state(messenger), {"READY": "1"})
 
     def test_nobody_at_the_notify_socket_is_no_reason_to_stop(self):
-        with Receiver(self.config(), environment={"NOTIFY_SOCKET": str(self.folder / "nobody")}) as receiver:
+        with Receiver(
+            self.config(), environment={"NOTIFY_SOCKET": str(self.folder / "nobody")}
+        ) as receiver:
             self.assertEqual(receiver.deliver().status, 200)
 
     def inheriting(self, listener, **environment):
@@ -453,7 +484,9 @@ class Systemd(LifeCase):
         script.write_text(PASS_SOCKET)
         script.chmod(0o700)
         environment = {"PYTHON": sys.executable, **environment}
-        return Receiver(self.config(port=0), python=[script], environment=environment, stdin=listener)
+        return Receiver(
+            self.config(port=0), python=[script], environment=environment, stdin=listener
+        )
 
     def listener(self):
         found = socket.create_server(("127.0.0.1", 0), backlog=128)

@@ -98,7 +98,11 @@ def kept_deliveries():
     ]
     deliveries = []
     with Receiver(config_of(webhook=webhooks, log_file="alerts.jsonl")) as receiver:
-        for path, sign in ((PATH, central_headers), (PATH, central_headers), ("/fabric", ip_fabric_headers)):
+        for path, sign in (
+            (PATH, central_headers),
+            (PATH, central_headers),
+            ("/fabric", ip_fabric_headers),
+        ):
             body = new_body()
             headers = sign(body)
             assert receiver.post(body, headers, path).json == OK
@@ -122,7 +126,9 @@ class LogCase(unittest.TestCase):
     def read_log(self, log=None):
         """Return the parsed lines; fail if one is not whole."""
         data = (log or self.log).read_bytes()
-        self.assertTrue(data.endswith(b"\n") or not data, f"the log ends with a half line: {data[-80:]!r}")
+        self.assertTrue(
+            data.endswith(b"\n") or not data, f"the log ends with a half line: {data[-80:]!r}"
+        )
         return [json.loads(line) for line in data.splitlines()]
 
     def assert_end_with_1(self, logs):
@@ -134,7 +140,9 @@ class LogCase(unittest.TestCase):
             with self.subTest(name):
                 self.assertEqual(receiver.wait(15), 1)
                 said = "\n".join(receiver.stderr_lines)
-                self.assertRegex(said, rf"^central_webhook_client\.py: error: .*{re.escape(str(logs[name]))}.*$")
+                self.assertRegex(
+                    said, rf"^central_webhook_client\.py: error: .*{re.escape(str(logs[name]))}.*$"
+                )
                 self.assertEqual(len(receiver.stderr_lines), 1)
 
 
@@ -159,7 +167,11 @@ class Lines(LogCase):
             ("text that looks like the end of a line", b'x"}\n{"key": "00", "y": "', "body"),
             ("not UTF-8", latin_body, "body_base64"),
         ]
-        senders = [(PATH, central_headers), ("/fabric", ip_fabric_headers), ("/users", bracken_headers)]
+        senders = [
+            (PATH, central_headers),
+            ("/fabric", ip_fabric_headers),
+            ("/users", bracken_headers),
+        ]
         receiver, log = self.running, self.running.folder / "alerts.jsonl"
         count = len(log.read_bytes().splitlines())
         receiver.wait_for_stdout(count)
@@ -198,7 +210,11 @@ class Lines(LogCase):
     def test_a_200_waits_until_the_line_is_synced_and_a_failed_sync_keeps_nothing(self):
         (self.folder / "sitecustomize.py").write_text(WATCH_SYNC)
         trace, fails = self.folder / "trace", self.folder / "fails"
-        environment = {"PYTHONPATH": str(self.folder), "SYNC_TRACE": str(trace), "SYNC_FAILS": str(fails)}
+        environment = {
+            "PYTHONPATH": str(self.folder),
+            "SYNC_TRACE": str(trace),
+            "SYNC_FAILS": str(fails),
+        }
         with self.receiver(environment=environment, python=[sys.executable]) as receiver:
             for _ in range(3):
                 trace.write_text("")
@@ -211,12 +227,16 @@ class Lines(LogCase):
             headers = central_headers(body)
             for _ in range(2):
                 self.assertEqual(receiver.post(body, headers).status, 503)
-                self.assertEqual(receiver.request(raw_request("GET", "/health", length=False)).status, 503)
+                self.assertEqual(
+                    receiver.request(raw_request("GET", "/health", length=False)).status, 503
+                )
             self.assertEqual(self.log.read_bytes(), before)
             fails.unlink()
             self.assertEqual(receiver.post(body, headers).json, OK)
             self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
-            self.assertEqual(receiver.request(raw_request("GET", "/health", length=False)).status, 200)
+            self.assertEqual(
+                receiver.request(raw_request("GET", "/health", length=False)).status, 200
+            )
         self.assertEqual(len(self.read_log()), 4)
 
     def test_large_lines_of_simultaneous_senders_never_mix(self):
@@ -236,7 +256,8 @@ class Lines(LogCase):
         for written in (map(json.loads, lines), self.read_log(log)):
             alerts = [line["alert"] for line in list(written)[before:]]
             self.assertEqual(
-                sorted(alerts, key=lambda alert: alert["number"]), [json.loads(body) for body in bodies]
+                sorted(alerts, key=lambda alert: alert["number"]),
+                [json.loads(body) for body in bodies],
             )
 
     def test_what_the_log_already_holds_stays_and_nothing_is_reported(self):
@@ -292,7 +313,12 @@ class FullDisk(LogCase):
     def fill_and_recover(self, receiver, log, make_room):
         """Deliver until the disk is full, make room, repeat everything; check what is kept."""
         sent, accepted, refused = [], [], []
-        for size in (900, 10, 300, 2500) * 25:  # of several sizes, so that some writes end within a line
+        for size in (
+            900,
+            10,
+            300,
+            2500,
+        ) * 25:  # of several sizes, so that some writes end within a line
             body = new_body(filler="x" * size)
             sent.append((body, central_headers(body)))
             answer = receiver.post(*sent[-1])
@@ -303,7 +329,9 @@ class FullDisk(LogCase):
                 self.assertEqual(self.health(receiver), 503)
                 refused.append(sent[-1])
                 kept = [line["delivery_id"] for line in self.read_log(log)]
-                self.assertEqual(kept, [headers["X-Central-Delivery-ID"] for _, headers in accepted])
+                self.assertEqual(
+                    kept, [headers["X-Central-Delivery-ID"] for _, headers in accepted]
+                )
                 if len(refused) >= 4:
                     break
         self.assertGreater(len(accepted), 2, "it was full from the start")
@@ -317,12 +345,16 @@ class FullDisk(LogCase):
         for body, headers in sent:
             self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
         kept = [line["delivery_id"] for line in self.read_log(log)]
-        self.assertEqual(sorted(kept), sorted(headers["X-Central-Delivery-ID"] for _, headers in sent))
+        self.assertEqual(
+            sorted(kept), sorted(headers["X-Central-Delivery-ID"] for _, headers in sent)
+        )
         shown = {json.loads(line)["delivery_id"] for line in receiver.wait_for_stdout(len(sent))}
         self.assertEqual(shown, set(kept))
         return sent
 
-    @unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0, "needs to mount a small file system")
+    @unittest.skipUnless(
+        sys.platform == "linux" and os.geteuid() == 0, "needs to mount a small file system"
+    )
     def test_a_full_disk_loses_nothing_and_keeps_nothing_twice(self):
         disk = self.folder / "disk"
         disk.mkdir()
@@ -340,13 +372,17 @@ class FullDisk(LogCase):
             for body, headers in random.sample(sent, 3):
                 self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
 
-    @unittest.skipUnless(hasattr(resource, "prlimit"), "needs to change the limits of a running process")
+    @unittest.skipUnless(
+        hasattr(resource, "prlimit"), "needs to change the limits of a running process"
+    )
     def test_a_file_that_may_not_grow_loses_nothing_and_keeps_nothing_twice(self):
         with self.receiver() as receiver:
             process, hard = receiver.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.prlimit(process, resource.RLIMIT_FSIZE, (20_000, hard))
             self.fill_and_recover(
-                receiver, self.log, lambda: resource.prlimit(process, resource.RLIMIT_FSIZE, (hard, hard))
+                receiver,
+                self.log,
+                lambda: resource.prlimit(process, resource.RLIMIT_FSIZE, (hard, hard)),
             )
 
 
@@ -354,7 +390,11 @@ class Opening(LogCase):
     """What cannot be a log file, and that it belongs to one receiver."""
 
     def test_a_log_file_that_cannot_be_opened_ends_the_program_with_1(self):
-        directory, fifo, other = self.folder / "directory", self.folder / "fifo", self.folder / "other.json"
+        directory, fifo, other = (
+            self.folder / "directory",
+            self.folder / "fifo",
+            self.folder / "other.json",
+        )
         directory.mkdir()
         other.write_text(json.dumps(config_of()))
         cases = {
@@ -391,7 +431,13 @@ class Memory(LogCase):
     def setUpClass(cls):
         webhooks = [
             {"name": "noc", "path": PATH, "token": TOKEN},
-            {"name": "new", "type": "new-central", "path": "/new", "token": TOKEN, "public_url": URL},
+            {
+                "name": "new",
+                "type": "new-central",
+                "path": "/new",
+                "token": TOKEN,
+                "public_url": URL,
+            },
         ]
         cls.running = Receiver(config_of(webhook=webhooks, log_file="alerts.jsonl")).__enter__()
         cls.addClassCleanup(cls.running.__exit__)
@@ -420,7 +466,9 @@ class Memory(LogCase):
 
     def test_a_classic_delivery_is_known_by_its_signature_and_by_its_id_with_the_body(self):
         body, stamp = new_body(), now_stamp(-60)
-        first = central_headers(body, delivery_id="72d3162e-cc78-11e3-81ab-4c9367dc0958", timestamp=stamp)
+        first = central_headers(
+            body, delivery_id="72d3162e-cc78-11e3-81ab-4c9367dc0958", timestamp=stamp
+        )
         shifted = {
             "a byte moved from the service to the ID": {
                 "X-Central-Service": "Alert",
@@ -484,7 +532,9 @@ class Memory(LogCase):
     def test_a_twin_of_a_delivery_in_progress_is_asked_to_come_again(self):
         body = new_body(filler="x" * 300_000)  # more than a pipe takes
         headers = central_headers(body)
-        again = central_headers(body, delivery_id=headers["X-Central-Delivery-ID"], timestamp=now_stamp(-9))
+        again = central_headers(
+            body, delivery_id=headers["X-Central-Delivery-ID"], timestamp=now_stamp(-9)
+        )
         read_end, write_end = os.pipe()
         with open(read_end, "rb") as reader, self.receiver(stdout=write_end) as receiver:
             os.close(write_end)
@@ -494,7 +544,9 @@ class Memory(LogCase):
                 for name, twin in (("the same bytes", headers), ("signed anew", again)):
                     with self.subTest(name):
                         answer = receiver.post(body, twin)
-                        self.assertEqual((answer.status, answer.headers.get("retry-after")), (503, "1"))
+                        self.assertEqual(
+                            (answer.status, answer.headers.get("retry-after")), (503, "1")
+                        )
                 shown = []
                 reading = threading.Thread(target=lambda: shown.append(reader.read()), daemon=True)
                 reading.start()
@@ -518,7 +570,9 @@ class Restarts(LogCase):
             name: new_body(sender=name)
             for name in ("central", "new-central", "ip-fabric", "bracken", "entrupy")
         }
-        signed_anew = central_headers(bodies["central"], delivery_id="one-id", timestamp=now_stamp())
+        signed_anew = central_headers(
+            bodies["central"], delivery_id="one-id", timestamp=now_stamp()
+        )
         rows = [  # type, headers of the first, headers of the repetition, is it remembered
             (
                 "central",
@@ -533,8 +587,18 @@ class Restarts(LogCase):
                 ip_fabric_headers(bodies["ip-fabric"]),
                 True,
             ),
-            ("bracken", bracken_headers(bodies["bracken"]), bracken_headers(bodies["bracken"]), False),
-            ("entrupy", entrupy_headers(bodies["entrupy"]), entrupy_headers(bodies["entrupy"]), False),
+            (
+                "bracken",
+                bracken_headers(bodies["bracken"]),
+                bracken_headers(bodies["bracken"]),
+                False,
+            ),
+            (
+                "entrupy",
+                entrupy_headers(bodies["entrupy"]),
+                entrupy_headers(bodies["entrupy"]),
+                False,
+            ),
         ]
         webhooks = [
             {
@@ -551,11 +615,14 @@ class Restarts(LogCase):
                 for kind, first, again, is_remembered in rows:
                     with self.subTest(kind, restarted=restarted):
                         if not restarted:
-                            self.assertEqual(receiver.post(bodies[kind], first, f"/{kind}").json, OK)
+                            self.assertEqual(
+                                receiver.post(bodies[kind], first, f"/{kind}").json, OK
+                            )
                         for headers in (first, again):
                             answer = receiver.post(bodies[kind], headers, f"/{kind}")
                             self.assertEqual(
-                                (answer.status, answer.json), (200, DUPLICATE if is_remembered else OK)
+                                (answer.status, answer.json),
+                                (200, DUPLICATE if is_remembered else OK),
                             )
         kinds = [line["type"] for line in self.read_log()]
         self.assertEqual(
@@ -566,7 +633,10 @@ class Restarts(LogCase):
     def test_each_webhook_has_a_memory_of_its_own_also_after_a_restart(self):
         body = new_body()
         headers = central_headers(body)
-        webhooks = [{"name": name, "path": f"/{name}", "token": TOKEN} for name in ("north", "south", "east")]
+        webhooks = [
+            {"name": name, "path": f"/{name}", "token": TOKEN}
+            for name in ("north", "south", "east")
+        ]
         with self.receiver(webhooks) as receiver:
             for path in ("/north", "/south"):
                 self.assertEqual(receiver.post(body, headers, path).json, OK)
@@ -618,7 +688,9 @@ class Restarts(LogCase):
         others = (other.replace(b"(number)", b"%08x" % number) for number in range(99_998))
         with open(self.log, "wb") as file:
             try:
-                file.truncate(64 << 30)  # a part of 64 GiB that takes no space, and far too long to read
+                file.truncate(
+                    64 << 30
+                )  # a part of 64 GiB that takes no space, and far too long to read
             except OSError as error:
                 self.skipTest(f"no sparse files: {error}")
             file.seek(64 << 30)

@@ -103,7 +103,9 @@ class JsonLines(unittest.TestCase):
         body = b'{"alert_type":"AP disconnected","nid":1}'
         line, logged = self.deliver(body, delivery_id="72d3162e", timestamp=now_stamp())
         found = json.loads(line)
-        self.assertEqual(list(found), ["received_at", "webhook", "type", "delivery_id", "sent_at", "alert"])
+        self.assertEqual(
+            list(found), ["received_at", "webhook", "type", "delivery_id", "sent_at", "alert"]
+        )
         self.assertRegex(found["received_at"], r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z")
         self.assertEqual(
             (found["webhook"], found["type"], found["delivery_id"]), ("noc", "central", "72d3162e")
@@ -132,7 +134,9 @@ class JsonLines(unittest.TestCase):
         body = new_body()
         line, _ = self.deliver(body, "/fabric", {"X-IPF-Signature": sign(body, TOKEN).hex()})
         found = json.loads(line)
-        self.assertEqual((found["type"], found["delivery_id"], found["sent_at"]), ("ip-fabric", None, None))
+        self.assertEqual(
+            (found["type"], found["delivery_id"], found["sent_at"]), ("ip-fabric", None, None)
+        )
 
     def test_numbers_order_and_spelling_are_kept(self):
         for number, text in enumerate(
@@ -225,7 +229,9 @@ class JsonLines(unittest.TestCase):
         for value in ("\xe9\x85\x9b31m", '", "key": "forged', "\\", "\x80\xff" * 50, "a\tb"):
             body = new_body()
             stamp = now_stamp()
-            signed = sign(body, TOKEN, value.encode("latin-1"), value.encode("latin-1"), stamp.encode())
+            signed = sign(
+                body, TOKEN, value.encode("latin-1"), value.encode("latin-1"), stamp.encode()
+            )
             headers = {
                 "X-Central-Service": value,
                 "X-Central-Delivery-ID": value,
@@ -252,8 +258,14 @@ class JsonLines(unittest.TestCase):
             ('{"a": 2, "apiKey" : "K-very-secret" }', '{"a": 2, "apiKey" : "***" }'),
             ('{"\\u0061piKey":"K-very-secret","a":3}', '{"\\u0061piKey":"***","a":3}'),
             ('{"apiKey":"K\\u002dvery-secret","a":4}', '{"apiKey":"***","a":4}'),
-            ('{"x":{"apiKey":"inner"},"apiKey":"K-very-secret"}', '{"x":{"apiKey":"inner"},"apiKey":"***"}'),
-            ('{"x":"\\"apiKey\\":","apiKey":"K-very-secret"}', '{"x":"\\"apiKey\\":","apiKey":"***"}'),
+            (
+                '{"x":{"apiKey":"inner"},"apiKey":"K-very-secret"}',
+                '{"x":{"apiKey":"inner"},"apiKey":"***"}',
+            ),
+            (
+                '{"x":"\\"apiKey\\":","apiKey":"K-very-secret"}',
+                '{"x":"\\"apiKey\\":","apiKey":"***"}',
+            ),
         ):
             with self.subTest(text):
                 line, logged = self.deliver(text.encode(), "/keyed")
@@ -279,7 +291,9 @@ class JsonLines(unittest.TestCase):
         ):
             with self.subTest(text):
                 body = text.encode()
-                self.assertEqual(self.receiver.post(body, central_headers(body), "/keyed").status, 401)
+                self.assertEqual(
+                    self.receiver.post(body, central_headers(body), "/keyed").status, 401
+                )
 
     def test_the_log_has_what_stdout_has_and_a_key_that_tells_deliveries_apart(self):
         lines = [self.deliver(new_body())[1] for _ in range(3)]
@@ -346,7 +360,12 @@ class Pretty(unittest.TestCase):
         self.assertNotIn("\x1b", text)
 
     def test_new_central_has_its_name_and_summary_in_the_header(self):
-        payload = {"name": "AP Down", "severity": "Major", "state": "Active", "summary": "An AP is down"}
+        payload = {
+            "name": "AP Down",
+            "severity": "Major",
+            "state": "Active",
+            "summary": "An AP is down",
+        }
         header = self.render(payload).partition("\n")[0]
         for part in ("AP Down", "MAJOR", "Active", "An AP is down"):
             self.assertIn(part, header)
@@ -370,12 +389,20 @@ class Pretty(unittest.TestCase):
 
     def test_nothing_the_sender_wrote_moves_the_cursor(self):
         hostile = (
-            "".join(map(chr, range(32))) + "\x7f\x80\x85\x9b\u202e\u2066\u2069\u200f\u2028\u2029\ud800\ufeff"
+            "".join(map(chr, range(32)))
+            + "\x7f\x80\x85\x9b\u202e\u2066\u2069\u200f\u2028\u2029\ud800\ufeff"
         )
         payloads = [
             {
                 name: hostile
-                for name in ("alert_type", "severity", "state", "description", "device_id", "details")
+                for name in (
+                    "alert_type",
+                    "severity",
+                    "state",
+                    "description",
+                    "device_id",
+                    "details",
+                )
             },
             {"name": hostile, "summary": hostile, "siteId": hostile, hostile: hostile},
             {"details": {"serial": hostile, "severity": hostile}},
@@ -396,7 +423,9 @@ class Pretty(unittest.TestCase):
                     self.assertLessEqual(len(COLOUR.sub("", header)), 120)
 
     def test_a_colour_of_the_sender_does_not_come_through(self):
-        text = self.render({"alert_type": "\x1b[31mred\x1b[0m", "severity": "\x1b[0m"}, colour=False)
+        text = self.render(
+            {"alert_type": "\x1b[31mred\x1b[0m", "severity": "\x1b[0m"}, colour=False
+        )
         self.assertNotIn("\x1b", text)
 
     def test_whatever_the_alert_is_it_is_shown(self):
@@ -441,7 +470,12 @@ class PrettyProcess(unittest.TestCase):
 
     @unittest.skipUnless(pty, "there are no pseudo-terminals here")
     def test_on_a_terminal_it_is_pretty_and_in_colour_unless_told_otherwise(self):
-        usual = {"TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}
+        usual = {
+            "TERM": "xterm-256color",
+            "NO_COLOR": "",
+            "COLUMNS": "100",
+            "PYTHONIOENCODING": "utf-8",
+        }
         cases = (
             ("auto", [], usual, True, True),
             ("NO_COLOR", [], {**usual, "NO_COLOR": "1"}, True, False),
@@ -454,7 +488,9 @@ class PrettyProcess(unittest.TestCase):
                 self.addCleanup(os.close, descriptor)
             receivers.append(Receiver(config_of(), arguments, environment, stdout=terminals[-1][1]))
         with at_once(*receivers):
-            for (what, _, _, pretty, colour), (master, _), receiver in zip(cases, terminals, receivers):
+            for (what, _, _, pretty, colour), (master, _), receiver in zip(
+                cases, terminals, receivers
+            ):
                 with self.subTest(what):
                     text = self.on_terminal(receiver, master)
                     self.assertEqual("\x1b[" in text, colour)
@@ -464,7 +500,8 @@ class PrettyProcess(unittest.TestCase):
                         header, _, rest = plain.partition("\n")
                         self.assertIn("AP disconnected", header)
                         self.assertEqual(
-                            json.loads(rest), {**ALERT, "hostile": "\x1b[2J\u202e", "end": "the end"}
+                            json.loads(rest),
+                            {**ALERT, "hostile": "\x1b[2J\u202e", "end": "the end"},
                         )
                     else:
                         self.assertEqual(json.loads(plain)["alert"]["end"], "the end")
@@ -474,7 +511,9 @@ class PrettyProcess(unittest.TestCase):
         body = json.dumps({**ALERT, "hostile": "\x1b[2J\u202e", "end": "the end"}).encode()
         self.assertEqual(receiver.deliver(body).status, 200)
         data, end = b"", time.monotonic() + 10
-        while not re.search(rb'the end"\s+\}+\s*\n|the end"\}+\r?\n', data) and time.monotonic() < end:
+        while (
+            not re.search(rb'the end"\s+\}+\s*\n|the end"\}+\r?\n', data) and time.monotonic() < end
+        ):
             if select.select([master], [], [], 0.1)[0]:
                 data += os.read(master, 65536)
         return data.decode()
@@ -510,7 +549,8 @@ class LogTestCase(unittest.TestCase):
     def rejected(self, receiver, raw, *patterns, status=401):
         """Send until it has a line of its own, which the limit of lines a second may delay; return it."""
         self.signatures.update(
-            match[1].decode() for match in re.finditer(rb"Signature: (?:sig1=)?:?([^:\r]{20,})", raw)
+            match[1].decode()
+            for match in re.finditer(rb"Signature: (?:sig1=)?:?([^:\r]{20,})", raw)
         )
         end = time.monotonic() + 10
         while True:
@@ -548,14 +588,19 @@ class Rejections(LogTestCase):
         for pairs, peer in (
             ([("X-Forwarded-For", "198.51.100.7")], "198.51.100.7"),
             ([("X-Forwarded-For", "192.0.2.66, 198.51.100.8")], "198.51.100.8"),
-            ([("X-Forwarded-For", "192.0.2.66"), ("X-Forwarded-For", "198.51.100.9")], "198.51.100.9"),
+            (
+                [("X-Forwarded-For", "192.0.2.66"), ("X-Forwarded-For", "198.51.100.9")],
+                "198.51.100.9",
+            ),
             ([("X-Forwarded-For", "2001:db8::1")], "2001:db8::1"),
             ([("X-Forwarded-For", "192.0.2.66, nonsense")], "127.0.0.1"),
             ([("X-Forwarded-For", "")], "127.0.0.1"),
             ([("X-Real-IP", "192.0.2.66")], "127.0.0.1"),
         ):
             with self.subTest(pairs):
-                line = self.rejected(receiver, raw_request(headers=pairs, body=self.body()), re.escape(peer))
+                line = self.rejected(
+                    receiver, raw_request(headers=pairs, body=self.body()), re.escape(peer)
+                )
                 self.assertNotIn("192.0.2.66", line)
 
     def test_every_kind_of_rejection_has_its_line(self):
@@ -590,10 +635,22 @@ class Rejections(LogTestCase):
             (405, raw_request("FORGED'|`", headers={"X-Forwarded-For": "\x85\x9b2J"})),
             (
                 401,
-                raw_request(headers={**good, "X-Central-Service": "\x85\x9b2J\t\xa0\xad"}, body=b"\n\x1b[2J"),
+                raw_request(
+                    headers={**good, "X-Central-Service": "\x85\x9b2J\t\xa0\xad"}, body=b"\n\x1b[2J"
+                ),
             ),
-            (401, raw_request(headers={**good, "X-Central-Delivery-Timestamp": "\x85\x9b"}, body=b"{}")),
-            (401, raw_request(headers={"Signature": "\x85", "Signature-Input": "\x9b\x85=()"}, body=b"{}")),
+            (
+                401,
+                raw_request(
+                    headers={**good, "X-Central-Delivery-Timestamp": "\x85\x9b"}, body=b"{}"
+                ),
+            ),
+            (
+                401,
+                raw_request(
+                    headers={"Signature": "\x85", "Signature-Input": "\x9b\x85=()"}, body=b"{}"
+                ),
+            ),
             (501, raw_request(headers={"Transfer-Encoding": "\x85\x9b31m\xad"}, length=False)),
             (400, raw_request(headers={"Content-Length": "\x85\x9b31m"}, length=False)),
             (400, raw_request(host="\x85\x9b31m")),
@@ -660,7 +717,9 @@ class Hints(LogTestCase):
                 {key: value for key, value in headers.items() if key != name},
             ):
                 with self.subTest(name):
-                    line = self.rejected(receiver, raw_request(headers=changed, body=body), "(?i)missing")
+                    line = self.rejected(
+                        receiver, raw_request(headers=changed, body=body), "(?i)missing"
+                    )
                     self.assertIn(name.lower(), line.lower())
                     for other in SIGNING_HEADERS:
                         if other != name:
@@ -669,7 +728,9 @@ class Hints(LogTestCase):
     def test_a_clock_that_is_off_is_named_with_by_how_much(self):
         receiver = self.shared
         body = self.body()
-        raw = raw_request(headers=central_headers(body, timestamp=now_stamp(3 * 3600 + 60)), body=body)
+        raw = raw_request(
+            headers=central_headers(body, timestamp=now_stamp(3 * 3600 + 60)), body=body
+        )
         self.rejected(receiver, raw, "(?i)clock", r"3:0[01]|3\.0\d? ?h|18[01] min|108\d\d")
 
     def test_a_time_stamp_that_is_not_understood_is_named(self):
@@ -681,7 +742,9 @@ class Hints(LogTestCase):
     @unittest.skipUnless(hasattr(signal, "SIGHUP"), "there is no SIGHUP here")
     def test_an_older_token_is_named(self):
         receiver = self.receiver()
-        receiver.write_config(config_of(webhook={"name": "noc", "path": PATH, "token": "token-new"}))
+        receiver.write_config(
+            config_of(webhook={"name": "noc", "path": PATH, "token": "token-new"})
+        )
         start = len(receiver.stderr_lines)
         receiver.process.send_signal(signal.SIGHUP)
         receiver.wait_for_log("reloaded", start=start)
@@ -706,7 +769,9 @@ class Hints(LogTestCase):
             {"X-Central-Signature": signature},
             {**central_headers(body), "X-Central-Signature": signature},
         ):
-            self.rejected(receiver, raw_request(headers=headers, body=body), "(?i)body alone", "(?i)prox")
+            self.rejected(
+                receiver, raw_request(headers=headers, body=body), "(?i)body alone", "(?i)prox"
+            )
 
     def test_new_central_at_a_webhook_of_classic_central_is_named(self):
         receiver = self.shared
@@ -715,7 +780,9 @@ class Hints(LogTestCase):
             "Signature-Input": 'sig1=("@method" "@target-uri" "date");created=1754963403',
             "Signature": "sig1=:59xCXJTPTyTNhdcu7DD/Yrf2JiKMjngC2DAcGsydc20=:",
         }
-        self.rejected(receiver, raw_request(headers=headers, body=self.body()), "new Central", "new-central")
+        self.rejected(
+            receiver, raw_request(headers=headers, body=self.body()), "new Central", "new-central"
+        )
 
     def test_classic_central_at_a_webhook_of_new_central_is_named(self):
         body = self.body()
@@ -822,7 +889,12 @@ class SendSample(unittest.TestCase):
             "token": TOKEN,
             "api_key": {"header": "X-Key", "value": ["K1", "K2"]},
         },
-        {"name": "field", "path": "/field", "token": TOKEN, "api_key": {"field": "apiKey", "value": "K3"}},
+        {
+            "name": "field",
+            "path": "/field",
+            "token": TOKEN,
+            "api_key": {"field": "apiKey", "value": "K3"},
+        },
     ]
 
     @classmethod
@@ -855,7 +927,9 @@ class SendSample(unittest.TestCase):
                 self.assertRegex(stdout, r'\b200\b.*"ok".*\d+.*\n')
                 line = self.receiver.wait_for_stdout(before + 1)[-1]
                 found = json.loads(line)
-                self.assertEqual((found["webhook"], found["type"]), (name, webhook.get("type", "central")))
+                self.assertEqual(
+                    (found["webhook"], found["type"]), (name, webhook.get("type", "central"))
+                )
                 self.assertIsInstance(found["alert"], dict)
                 self.assertNotIn("K3", line)
 
@@ -922,7 +996,9 @@ class SendSample(unittest.TestCase):
                     while b"\r\n\r\n" not in connection.recv(65536):
                         pass
                     text = "\x1b[2J\u202e\r\n\x9b".encode()
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
+                    connection.sendall(
+                        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text) + text
+                    )
 
             thread = threading.Thread(target=answer, daemon=True)
             thread.start()

@@ -89,7 +89,9 @@ def block(language, start, text=TEXT):
 def table(first_cell, text=TEXT):
     """Return the rows below the header whose first cell is this one."""
     lines = text.split("\n")
-    (start,) = [number for number, line in enumerate(lines) if line.strip().startswith(f"| {first_cell} |")]
+    (start,) = [
+        number for number, line in enumerate(lines) if line.strip().startswith(f"| {first_cell} |")
+    ]
     rows = []
     for line in lines[start + 2 :]:
         if not line.strip().startswith("|"):
@@ -106,7 +108,11 @@ def code_of(cell):
 def run_program(*arguments, **options):
     """Run the program to its end."""
     return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True, timeout=30, **options
+        [sys.executable, str(PROGRAM), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        **options,
     )
 
 
@@ -147,7 +153,9 @@ class FirstScreenTest(unittest.TestCase):
             shutil.copy(PROGRAM, folder)
             example = EXAMPLE.read_text(encoding="utf-8")
             self.assertIn('"port": 8010', example)
-            (folder / EXAMPLE.name).write_text(example.replace('"port": 8010', '"port": 0'), encoding="utf-8")
+            (folder / EXAMPLE.name).write_text(
+                example.replace('"port": 8010', '"port": 0'), encoding="utf-8"
+            )
             with log.open("wb") as stderr:
                 process = subprocess.Popen(
                     ["sh", "-e", "-c", start.replace("python3 ", f"exec '{sys.executable}' ")],
@@ -156,12 +164,18 @@ class FirstScreenTest(unittest.TestCase):
                     stderr=stderr,
                 )
             try:
-                found = deadline_poll(lambda: re.search(r"listens on \S+ port (\d+)", log.read_text()))
+                found = deadline_poll(
+                    lambda: re.search(r"listens on \S+ port (\d+)", log.read_text())
+                )
                 script = (signed + changed).replace("127.0.0.1:8010", f"127.0.0.1:{found[1]}")
-                done = subprocess.run(["sh", "-e", "-c", script], capture_output=True, text=True, timeout=30)
+                done = subprocess.run(
+                    ["sh", "-e", "-c", script], capture_output=True, text=True, timeout=30
+                )
                 self.assertEqual(accepted + refused, done.stdout, done.stderr)
                 self.assertEqual(["wrong"], re.findall("wrong", logged))
-                deadline_poll(lambda: without_moments(logged) in without_moments(log.read_text()), 10, logged)
+                deadline_poll(
+                    lambda: without_moments(logged) in without_moments(log.read_text()), 10, logged
+                )
                 self.assertEqual(0o600, (folder / "input_info.json").stat().st_mode & 0o777)
             finally:
                 process.send_signal(signal.SIGTERM)
@@ -209,7 +223,9 @@ class ReferenceTest(unittest.TestCase):
             if kind in client.HEADER_SIGNATURES:
                 scheme = client.HEADER_SIGNATURES[kind]
                 name, _, prefix = header.partition(": ")
-                self.assertEqual((scheme.header, scheme.prefix), (name.lower(), prefix.replace("...", "")))
+                self.assertEqual(
+                    (scheme.header, scheme.prefix), (name.lower(), prefix.replace("...", ""))
+                )
 
     def test_every_reason_is_in_the_table_of_responses(self):
         expected = {(str(status), reason) for reason, (status, _) in client.REFUSALS.items()}
@@ -221,20 +237,29 @@ class ReferenceTest(unittest.TestCase):
         text = self.receiver.request(raw_request("GET", "/metrics", length=False)).body.decode()
         kinds = dict(re.findall(r"(?m)^# TYPE (\S+) (\S+)$", text))
         labels = {
-            name: set(re.findall(r'(\w+)="', rest)) for name, rest in re.findall(r"(?m)^(\w+)(.*)$", text)
+            name: set(re.findall(r'(\w+)="', rest))
+            for name, rest in re.findall(r"(?m)^(\w+)(.*)$", text)
         }
         shown = [
             (*re.fullmatch(r"(\w+)(?:\{(.*)\})?", code_of(row[0])[0]).groups(""), row[1])
             for row in table("metric", section("Responses"))
         ]
         self.assertEqual(kinds, {name: kind for name, _, kind in shown})
-        self.assertEqual(labels, {name: set(filter(None, found.split(","))) for name, found, _ in shown})
+        self.assertEqual(
+            labels, {name: set(filter(None, found.split(","))) for name, found, _ in shown}
+        )
 
     def test_every_limit_is_described_with_its_number(self):
         (constants,) = re.findall(r"(?s)# ---- Constants and limits -+\n(.*?)\n# ----", SOURCE)
-        names = {name for line in re.findall(r"(?m)^([A-Z_, ]+) = ", constants) for name in line.split(", ")}
+        names = {
+            name
+            for line in re.findall(r"(?m)^([A-Z_, ]+) = ", constants)
+            for name in line.split(", ")
+        }
         limits = {
-            n for n in names if re.match("(MAX|MIN)_", n) or re.search("_(SECONDS|SECOND|DELIVERIES)$", n)
+            n
+            for n in names
+            if re.match("(MAX|MIN)_", n) or re.search("_(SECONDS|SECOND|DELIVERIES)$", n)
         }
         rows = table("limit", section("Responses"))
         self.assertEqual(sorted(limits), sorted(code_of(row[0])[0] for row in rows))
@@ -247,7 +272,9 @@ class ReferenceTest(unittest.TestCase):
     def test_every_option_is_described(self):
         done = run_program("--help", env={**os.environ, "COLUMNS": "200"})
         options = set(
-            re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", done.stdout.partition("options:")[2] or done.stdout)
+            re.findall(
+                r"(?<![\w-])--?[a-zA-Z][\w-]*", done.stdout.partition("options:")[2] or done.stdout
+            )
         )
         shown = [
             option
@@ -277,7 +304,9 @@ class ReferenceTest(unittest.TestCase):
         with Receiver(config_of(webhook=webhook), ["--format=pretty"]) as receiver:
             self.assertEqual(200, receiver.deliver(json.dumps(json.loads(alert)).encode()).status)
             lines = receiver.wait_for_stdout(shown.count("\n"))
-        self.assertEqual(without_moments(shown).splitlines(), [without_moments(line) for line in lines])
+        self.assertEqual(
+            without_moments(shown).splitlines(), [without_moments(line) for line in lines]
+        )
 
     def test_every_hint_is_one_that_the_code_gives(self):
         for phrase, _ in table("the log says"):
@@ -293,7 +322,9 @@ class ReferenceTest(unittest.TestCase):
                 self.assertEqual(1, sum(comment.startswith(begin) for begin in begins))
         self.assertEqual(len(comments), len(begins))
         if shutil.which("grep"):
-            done = subprocess.run(["sh", "-c", command], cwd=TOP, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["sh", "-c", command], cwd=TOP, capture_output=True, text=True, timeout=10
+            )
             self.assertEqual(len(comments), done.stdout.count("# Security:"))
 
     def test_the_map_in_the_docstring_is_that_of_the_banners(self):
@@ -354,14 +385,17 @@ class ConfigurationTest(unittest.TestCase):
         webhooks = [json.loads(code) for code in blocks("json", section("Other senders"))]
         self.assertEqual(set(client.TYPES) - {"central"}, {webhook["type"] for webhook in webhooks})
         self.assertEqual(
-            {"header", "field", "value"}, {key for webhook in webhooks for key in webhook.get("api_key", {})}
+            {"header", "field", "value"},
+            {key for webhook in webhooks for key in webhook.get("api_key", {})},
         )
         self.assertTrue(any("oidc" in webhook for webhook in webhooks))
         for found in [*webhooks, webhooks]:  # each alone, and all together
             text = json.dumps(config_of(webhook=found))
             with self.subTest(text):
                 mistakes = self.mistakes(text)
-                self.assertEqual(text.count('"<'), sum(PLACEHOLDER in mistake for mistake in mistakes))
+                self.assertEqual(
+                    text.count('"<'), sum(PLACEHOLDER in mistake for mistake in mistakes)
+                )
                 self.assertEqual(text.count('"<'), len(mistakes), mistakes)
                 self.assertEqual([], self.mistakes(re.sub('"<[^"]+>"', f'"{TOKEN}"', text)))
 
@@ -405,7 +439,10 @@ class SnippetTest(unittest.TestCase):
             "HTTP_X_CENTRAL_DELIVERY_TIMESTAMP": "2016-07-12T13:14:19-07:00",
             "HTTP_X_CENTRAL_SIGNATURE": "O1BifJezSO7kZzM75C6XoHMaOGEW2nUXjjiTeBfYWv4=",  # made with OpenSSL
         }
-        for sent, expected in ((body, "200 OK"), (body.replace(b"DZ1", b"DZ2"), "401 Unauthorized")):
+        for sent, expected in (
+            (body, "200 OK"),
+            (body.replace(b"DZ1", b"DZ2"), "401 Unauthorized"),
+        ):
             statuses = []
             answer = namespace["application"](
                 {**environ, "CONTENT_LENGTH": str(len(sent)), "wsgi.input": io.BytesIO(sent)},
@@ -418,19 +455,25 @@ class SnippetTest(unittest.TestCase):
         path = self.folder / PROGRAM.name
         source = path.read_text(encoding="utf-8")
         start = re.search(r"(?m)^HEADER_SIGNATURES\b.*= \{.*\n", source).end()
-        path.write_text(source[:start] + textwrap.indent(line, "    ") + source[start:], encoding="utf-8")
+        path.write_text(
+            source[:start] + textwrap.indent(line, "    ") + source[start:], encoding="utf-8"
+        )
         secret, body = "It's a Secret to Everybody", b"Hello, World!"  # of GitHub's documentation
         signature = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
         with self.start(
             PROGRAM.name, {"name": "github", "type": "github", "path": PATH, "token": secret}
         ) as receiver:
             self.assertEqual(200, receiver.post(body, {"X-Hub-Signature-256": signature}).status)
-            self.assertEqual(401, receiver.post(body + b"!", {"X-Hub-Signature-256": signature}).status)
+            self.assertEqual(
+                401, receiver.post(body + b"!", {"X-Hub-Signature-256": signature}).status
+            )
 
     def test_handle_alert_can_be_replaced_from_another_file(self):
         (code,) = blocks("python", section("Use it for your own purpose"))
         (self.folder / "my_receiver.py").write_text(code)
-        with self.start("my_receiver.py", {"name": "noc", "path": PATH, "token": TOKEN}) as receiver:
+        with self.start(
+            "my_receiver.py", {"name": "noc", "path": PATH, "token": TOKEN}
+        ) as receiver:
             self.assertEqual(200, receiver.deliver(new_body()).status)
             receiver.wait_for_log(r"^noc [0-9a-f]{32}\.[0-9a-f]{32} AP disconnected$")
             body = b'{"severity": "no alert_type: the function raises KeyError"}'

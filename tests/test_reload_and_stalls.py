@@ -65,7 +65,13 @@ class Memory(unittest.TestCase):
 
     def test_another_webhook_that_fills_the_log_displaces_nothing(self):
         now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
-        line = {"received_at": now, "webhook": "b", "type": "bracken", "delivery_id": None, "sent_at": None}
+        line = {
+            "received_at": now,
+            "webhook": "b",
+            "type": "bracken",
+            "delivery_id": None,
+            "sent_at": None,
+        }
         others = (json.dumps({**line, "alert": {}, "key": None}) + "\n").encode() * 210_000
         with Receiver(config_of()) as receiver:
             (receiver.folder / "out.jsonl").write_bytes(self.line + others)
@@ -80,7 +86,9 @@ class Stalls(unittest.TestCase):
         receivers = []
         for begin in (self.with_stalled_stderr, self.with_stalled_terminal):
             receivers.append(begin())
-            receivers[-1].process.terminate()  # a stop waits a while for its reader, meanwhile the other stalls
+            receivers[
+                -1
+            ].process.terminate()  # a stop waits a while for its reader, meanwhile the other stalls
         for receiver in receivers:
             self.assertEqual(receiver.wait(), 0)
 
@@ -96,7 +104,9 @@ class Stalls(unittest.TestCase):
         self.addCleanup(reader.close)
         line = reader.readline()  # it has started; from here on nobody reads
         receiver.port = int(re.search(rb"listens on \S+ port (\d+)", line)[1])
-        for _ in range(150 if hasattr(fcntl, "F_SETPIPE_SZ") else 1500):  # a line of 50 characters each
+        for _ in range(
+            150 if hasattr(fcntl, "F_SETPIPE_SZ") else 1500
+        ):  # a line of 50 characters each
             self.assertEqual(receiver.deliver().json, OK)
         return receiver
 
@@ -118,13 +128,27 @@ class Stalls(unittest.TestCase):
 @unittest.skipUnless(os.path.exists("/proc/self/stat"), "needs /proc")
 class Cost(unittest.TestCase):
     def test_a_signature_over_thousands_of_parameters_costs_little(self):
-        names = [f"{a}{b}" for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz0123456789"]
+        names = [
+            f"{a}{b}"
+            for a in "abcdefghijklmnopqrstuvwxyz"
+            for b in "abcdefghijklmnopqrstuvwxyz0123456789"
+        ]
         covered = " ".join(f'"@query-param";name="{name}"' for name in names)
-        webhook = {"name": "n", "type": "new-central", "token": TOKEN, "public_url": "https://example.com/n"}
-        headers = {"Signature": "s=:AAAA:", "Signature-Input": f's=("@method" {covered});created={int(time.time())}'}
+        webhook = {
+            "name": "n",
+            "type": "new-central",
+            "token": TOKEN,
+            "public_url": "https://example.com/n",
+        }
+        headers = {
+            "Signature": "s=:AAAA:",
+            "Signature-Input": f's=("@method" {covered});created={int(time.time())}',
+        }
         with Receiver(config_of(webhook=webhook)) as receiver:
             for _ in range(20):
-                answer = receiver.request(raw_request("POST", "/n?" + "&".join(names), headers, b"{}"))
+                answer = receiver.request(
+                    raw_request("POST", "/n?" + "&".join(names), headers, b"{}")
+                )
                 self.assertEqual(answer.status, 401)
             with open(f"/proc/{receiver.process.pid}/stat") as file:
                 fields = file.read().rsplit(")", 1)[1].split()
@@ -134,7 +158,11 @@ class Cost(unittest.TestCase):
 
 class OddInput(unittest.TestCase):
     def test_odd_settings_are_refused_in_one_line(self):
-        new_central = {"type": "new-central", "token": TOKEN, "public_url": "https://example.com/health"}
+        new_central = {
+            "type": "new-central",
+            "token": TOKEN,
+            "public_url": "https://example.com/health",
+        }
         odd_key = hook("a", api_key={"header": "x-key", "value": "SECRET\nKEY"})
         host = config_of()
         host["webclient_info"]["host"] = "a..b"

@@ -58,7 +58,9 @@ class OwnProgram(unittest.TestCase):
                     self.assertEqual(503, receiver.post(body, headers).status)
             self.assertEqual(200, receiver.request(HEALTH).status)
             self.assertEqual(0, receiver.stop())
-        self.assertFalse([line for line in receiver.stderr_lines if "Traceback" in line or "in_progress" in line])
+        self.assertFalse(
+            [line for line in receiver.stderr_lines if "Traceback" in line or "in_progress" in line]
+        )
 
     def test_a_traceback_holds_nothing_unescaped(self):
         lines = "def own(delivery):\n    raise ValueError(delivery.payload['text'])\nclient.handle_alert = own"
@@ -90,7 +92,6 @@ class OwnProgram(unittest.TestCase):
             self.assertEqual(200, receiver.deliver().status)
             self.assertEqual(2, (receiver.folder / "deliveries.log").read_bytes().count(b"\n"))
 
-
     @unittest.skipUnless(hasattr(os, "fdatasync"), "needs fdatasync")
     def test_a_reload_that_waits_for_a_hanging_disk_says_so_and_is_made_up_for(self):
         lines = (
@@ -104,9 +105,13 @@ class OwnProgram(unittest.TestCase):
             sender.start()
             deadline_poll(lambda: receiver.request(HEALTH).status == 503)
             receiver.process.send_signal(signal.SIGHUP)
-            receiver.wait_for_log("WARNING the output is stuck, and the configuration is reloaded when")
+            receiver.wait_for_log(
+                "WARNING the output is stuck, and the configuration is reloaded when"
+            )
             self.assertEqual(503, receiver.request(HEALTH).status)
-            self.assertFalse([line for line in receiver.stderr_lines if "configuration reloaded" in line])
+            self.assertFalse(
+                [line for line in receiver.stderr_lines if "configuration reloaded" in line]
+            )
             (receiver.folder / "hang").unlink()
             receiver.wait_for_log("configuration reloaded")
             sender.join(10)
@@ -116,7 +121,9 @@ class OwnProgram(unittest.TestCase):
 class Tokens(unittest.TestCase):
     def test_any_of_several_tokens_matches_after_any_other_and_is_named_by_its_place(self):
         tokens = ["first-token", "second-token", "third-token"]
-        with Receiver(config_of(webhook={"name": "noc", "path": PATH, "token": tokens})) as receiver:
+        with Receiver(
+            config_of(webhook={"name": "noc", "path": PATH, "token": tokens})
+        ) as receiver:
             for position in (2, 2, 0, 1, 2, 1, 0, 0, 1):
                 self.assertEqual(200, receiver.deliver(token=tokens[position]).status)
                 self.assertEqual(401, receiver.deliver(token="a fourth").status)
@@ -124,7 +131,9 @@ class Tokens(unittest.TestCase):
             receiver.wait_for_log("token 2 of 3 still matches")
             named = [line for line in receiver.stderr_lines if "still matches" in line]
             self.assertEqual(2, len(named))  # at most once a minute each, and the first never
-            receiver.write_config(config_of(receiver.port, {"name": "noc", "path": PATH, "token": tokens[:1]}))
+            receiver.write_config(
+                config_of(receiver.port, {"name": "noc", "path": PATH, "token": tokens[:1]})
+            )
             receiver.process.send_signal(signal.SIGHUP)
             receiver.wait_for_log("configuration reloaded")
             self.assertEqual(200, receiver.deliver(token=tokens[0]).status)
@@ -154,7 +163,14 @@ class Ends(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "input_info.json")
             path.write_text("{")
-            command = ["sh", "-c", 'exec "$0" "$1" -i="$2" 2>&-', sys.executable, str(PROGRAM), str(path)]
+            command = [
+                "sh",
+                "-c",
+                'exec "$0" "$1" -i="$2" 2>&-',
+                sys.executable,
+                str(PROGRAM),
+                str(path),
+            ]
             done = subprocess.run(command, stdout=subprocess.PIPE, timeout=30)
         self.assertEqual((78, b""), (done.returncode, done.stdout))
 

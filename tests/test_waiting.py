@@ -24,7 +24,7 @@ from tests.support import (
     raw_request,
 )
 
-OWN_CODE = f'''
+OWN_CODE = f"""
 import os, sys, time
 sys.path.insert(0, {str(PROGRAM.parent)!r})
 import central_webhook_client
@@ -38,7 +38,7 @@ def wait_for_go(delivery):
 
 central_webhook_client.handle_alert = wait_for_go
 sys.exit(central_webhook_client.main())
-'''
+"""
 HEALTH = raw_request("GET", "/health", length=False)
 
 
@@ -64,7 +64,10 @@ class OwnCode(unittest.TestCase):
     def test_it_runs_for_several_deliveries_at_once_and_holds_up_nothing_else(self):
         with Receiver(config_of(), program=self.program) as receiver:
             answers = []
-            threads = [threading.Thread(target=lambda: answers.append(receiver.deliver().status)) for _ in range(5)]
+            threads = [
+                threading.Thread(target=lambda: answers.append(receiver.deliver().status))
+                for _ in range(5)
+            ]
             for thread in threads:
                 thread.start()
             deadline_poll(lambda: len(list(receiver.folder.glob("72d3162e-*"))) == 5)
@@ -90,7 +93,9 @@ class OwnCode(unittest.TestCase):
 class Stalls(unittest.TestCase):
     def wait_for_requests_in_flight(self, receiver, count):
         expected = b"in_flight %d\n" % (count + 1)  # the question is one of them
-        deadline_poll(lambda: expected in receiver.request(HEALTH.replace(b"health", b"metrics")).body)
+        deadline_poll(
+            lambda: expected in receiver.request(HEALTH.replace(b"health", b"metrics")).body
+        )
 
     @unittest.skipUnless(os.path.exists("/proc/self/stat"), "needs /proc")
     def test_while_the_reader_of_stdout_stalls_senders_that_go_on_or_go_away_cost_nothing(self):
@@ -163,7 +168,10 @@ class Floods(unittest.TestCase):
                 thread.start()
             try:
                 for _ in range(10):
-                    with receiver.connect(timeout=2) as asking, receiver.connect(timeout=2) as delivering:
+                    with (
+                        receiver.connect(timeout=2) as asking,
+                        receiver.connect(timeout=2) as delivering,
+                    ):
                         asking.send(HEALTH)
                         delivering.send(signed_request())
                         for other in (asking, delivering):
@@ -199,7 +207,10 @@ class Hostile(unittest.TestCase):
 
     def test_signatures_are_bounded_before_they_are_parsed(self):
         url = product.parse_public_url("https://www.example.com/hook")
-        for given, signature in (("a=(" + "b " * 5000 + ")", "a=:AAAA:"), ("a=()", "a=:AAAA:" + ";b" * 5000)):
+        for given, signature in (
+            ("a=(" + "b " * 5000 + ")", "a=:AAAA:"),
+            ("a=()", "a=:AAAA:" + ";b" * 5000),
+        ):
             headers = {"signature-input": given, "signature": signature}
             request = product.Request("POST", "/hook", None, "HTTP/1.1", headers, frozenset())
             with self.assertRaisesRegex(product.SignatureError, "above"):
@@ -243,7 +254,11 @@ class Exchanges(unittest.TestCase):
 class LineEnds(unittest.TestCase):
     def test_a_line_end_after_a_request_is_no_request(self):
         with Receiver(config_of(request_timeout_seconds=0.2)) as receiver:
-            ends = {b"\r\n": b"", b"\r\n\r\n": b"", b"\r": b"\n"}  # and what goes before the next request
+            ends = {
+                b"\r\n": b"",
+                b"\r\n\r\n": b"",
+                b"\r": b"\n",
+            }  # and what goes before the next request
             with contextlib.ExitStack() as stack:
                 connections = [stack.enter_context(receiver.connect()) for _ in ends]
                 for connection, end in zip(connections, ends):

@@ -69,13 +69,24 @@ def delivery_id(number):
 def sign_delivery(number, path=PATH, token=TOKEN, close=False, body_bytes=BODY_BYTES):
     """Return a whole request as classic Central sends it."""
     alert = {
-        "id": f"AW{number:016d}", "nid": 4, "alert_type": "AP disconnected", "timestamp": 1763760000 + number,
-        "state": "Open", "severity": "Critical", "setting_id": "0123456789abcdef-4",
+        "id": f"AW{number:016d}",
+        "nid": 4,
+        "alert_type": "AP disconnected",
+        "timestamp": 1763760000 + number,
+        "state": "Open",
+        "severity": "Critical",
+        "setting_id": "0123456789abcdef-4",
         "device_id": f"CN{number:08d}",
         "description": f"AP with name ap-{number} and MAC address 00:1a:1e:00:00:01 disconnected",
-        "details": {"hostname": f"ap-{number}", "serial": f"CN{number:08d}", "site": "Main building"},
-        "operation": "create", "text": "", "webhook": "6c5b3b0e-5b0e-4c0e-9b0e-2b0e6c5b3b0e",
-    }  # fmt: skip
+        "details": {
+            "hostname": f"ap-{number}",
+            "serial": f"CN{number:08d}",
+            "site": "Main building",
+        },
+        "operation": "create",
+        "text": "",
+        "webhook": "6c5b3b0e-5b0e-4c0e-9b0e-2b0e6c5b3b0e",
+    }
     alert["text"] = "x" * max(0, body_bytes - len(json.dumps(alert)))
     body = json.dumps(alert).encode()
     service, stamp = "Alerts", time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
@@ -129,7 +140,9 @@ class Server:
         self.output = open(self.folder / "stdout", "wb")
         self.errors = open(self.folder / "stderr", "wb")
         began = time.monotonic()
-        self.process = subprocess.Popen(command, stdout=self.output, stderr=self.errors, cwd=self.folder)
+        self.process = subprocess.Popen(
+            command, stdout=self.output, stderr=self.errors, cwd=self.folder
+        )
         try:
             self.wait_until_it_answers(bench.probe, began + 30)
         except BaseException:
@@ -160,7 +173,9 @@ class Server:
                 if connection.recv(65536)[9:12] == b"200":
                     return
             if time.monotonic() > deadline or self.process.poll() is not None:
-                raise SystemExit(f"{self.kind} did not start: {(self.folder / 'stderr').read_text()[-2000:]}")
+                raise SystemExit(
+                    f"{self.kind} did not start: {(self.folder / 'stderr').read_text()[-2000:]}"
+                )
             time.sleep(0.001)
 
     def stop(self):
@@ -180,7 +195,9 @@ class Server:
             found = collections.Counter(_ID.findall(path.read_bytes()))
             wrong = [number for number in self.answered if found[delivery_id(number).encode()] != 1]
             if wrong:
-                raise SystemExit(f"{self.kind}: {len(wrong)} answered without exactly one line in {path}")
+                raise SystemExit(
+                    f"{self.kind}: {len(wrong)} answered without exactly one line in {path}"
+                )
 
 
 class Load:
@@ -212,8 +229,12 @@ class Bench:
         self.kinds = [*self.programs, "fastapi", "naive", "floor"]
         self.rivals = [*self.programs, "fastapi"]
         self.generator = folder / "load"
-        subprocess.run([os.environ.get("CC", "cc"), "-O2", "-o", self.generator, HERE / "load.c"], check=True)
-        self.python = make_environment(Path(options.venv).expanduser())  # of all four: start and memory depend on it
+        subprocess.run(
+            [os.environ.get("CC", "cc"), "-O2", "-o", self.generator, HERE / "load.c"], check=True
+        )
+        self.python = make_environment(
+            Path(options.venv).expanduser()
+        )  # of all four: start and memory depend on it
         self.samples = collections.defaultdict(list)  # (figure, kind): a value for each round
         self.files = {}
         self.probe = sign_delivery(0, close=True)
@@ -231,7 +252,18 @@ class Bench:
                     file.write(struct.pack("=I", len(request)) + request)
         return self.files[name]
 
-    def load(self, server, file, *, mode="keep", connections=8, first=0, count=None, port=None, all_200=True):
+    def load(
+        self,
+        server,
+        file,
+        *,
+        mode="keep",
+        connections=8,
+        first=0,
+        count=None,
+        port=None,
+        all_200=True,
+    ):
         """Run the load generator; return a Load. With `all_200`, any other answer ends the benchmark."""
         count = self.options.deliveries if count is None else count
         answers = server.folder / "answers"
@@ -241,12 +273,16 @@ class Bench:
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
         cpu = cpu_seconds(server.pid) - before
         records = list(RECORD.iter_unpack(answers.read_bytes()))
-        server.answered += [first + number + 1 for number, record in enumerate(records) if record[1] == 200]
+        server.answered += [
+            first + number + 1 for number, record in enumerate(records) if record[1] == 200
+        ]
         result = Load(records, json.loads(done.stdout))
         result.cpu = cpu
         if all_200 and result.statuses != {200: count}:
             found = dict(result.statuses)
-            raise SystemExit(f"{server.kind}: not all {count} were answered with 200: {found} (0: lost)")
+            raise SystemExit(
+                f"{server.kind}: not all {count} were answered with 200: {found} (0: lost)"
+            )
         return result
 
     @contextlib.contextmanager
@@ -310,7 +346,9 @@ def plain_load(bench, kinds, figure, name, mode, latency=False, close=False):
     for kind in kinds(bench.kinds):
         with bench.server(kind) as server:
             bench.load(server, file, mode=mode, count=WARM_UP)
-            bench.note_load(figure, kind, bench.load(server, file, mode=mode, first=WARM_UP), latency)
+            bench.note_load(
+                figure, kind, bench.load(server, file, mode=mode, first=WARM_UP), latency
+            )
 
 
 def measure_keep(bench, kinds):
@@ -333,7 +371,10 @@ def measure_nginx(bench, kinds):
     file = bench.requests("open")
     for form in Proxy.forms():
         for kind in kinds(bench.rivals):
-            with bench.server(kind) as server, Proxy(form, free_port(), server.port, server.folder) as proxy:
+            with (
+                bench.server(kind) as server,
+                Proxy(form, free_port(), server.port, server.folder) as proxy,
+            ):
                 bench.load(server, file, count=WARM_UP, port=proxy.port)
                 before = sum(map(cpu_seconds, proxy.pids()))
                 load = bench.load(server, file, first=WARM_UP, port=proxy.port)
@@ -359,7 +400,9 @@ def measure_burst(bench, kinds):
         kind, _, default = variant.partition(" ")
         for mode in ("new", "hold"):
             with bench.server(kind, max_connections=None if default else 2 * BURST) as server:
-                load = bench.load(server, file, mode=mode, connections=BURST, count=BURST, all_200=False)
+                load = bench.load(
+                    server, file, mode=mode, connections=BURST, count=BURST, all_200=False
+                )
                 bench.note(f"{mode} burst answered", variant, load.within_a_second)
                 bench.note(f"{mode} burst 200", variant, load.statuses[200])
                 bench.note(f"{mode} burst lost", variant, load.statuses[0])
@@ -400,9 +443,14 @@ def measure_remembered(bench, kinds):
 def measure_webhooks(bench, kinds):
     """Our program alone: with one webhook, and with ten on paths of their own."""
     paths = [PATH, *(f"{PATH}/{number}" for number in range(1, 10))]
-    webhooks = [{"name": f"noc{number}", "path": path, "token": TOKEN} for number, path in enumerate(paths)]
+    webhooks = [
+        {"name": f"noc{number}", "path": path, "token": TOKEN} for number, path in enumerate(paths)
+    ]
     for kind in kinds(list(bench.programs)):
-        for number, file in ((1, bench.requests("open")), (10, bench.requests("ten paths", paths=paths))):
+        for number, file in (
+            (1, bench.requests("open")),
+            (10, bench.requests("ten paths", paths=paths)),
+        ):
             with bench.server(kind, webhooks=webhooks[:number]) as server:
                 bench.load(server, file, count=WARM_UP)
                 bench.note_load(f"webhooks {number}", kind, bench.load(server, file, first=WARM_UP))
@@ -413,9 +461,13 @@ def measure_tokens(bench, kinds):
     file, others = bench.requests("open"), [f"another-token-{number}" for number in range(4)]
     for kind in kinds(list(bench.programs)):
         for tokens in ([TOKEN], [*others, TOKEN]):
-            with bench.server(kind, webhooks={"name": "noc", "path": PATH, "token": tokens}) as server:
+            with bench.server(
+                kind, webhooks={"name": "noc", "path": PATH, "token": tokens}
+            ) as server:
                 bench.load(server, file, count=WARM_UP)
-                bench.note_load(f"tokens {len(tokens)}", kind, bench.load(server, file, first=WARM_UP))
+                bench.note_load(
+                    f"tokens {len(tokens)}", kind, bench.load(server, file, first=WARM_UP)
+                )
 
 
 MEASUREMENTS = {
@@ -441,7 +493,13 @@ ROWS = [
     Row('CPU s per 10,000: new connection each, "Connection: close"', "close cpu", 0.40),
     Row("deliveries/s: 8 connections kept alive", "keep rate", 3.0, at_least=True, digits=0),
     Row("deliveries/s: new connection each", "new rate", 3.0, at_least=True, digits=0),
-    Row('deliveries/s: new connection each, "Connection: close"', "close rate", 3.0, at_least=True, digits=0),
+    Row(
+        'deliveries/s: new connection each, "Connection: close"',
+        "close rate",
+        3.0,
+        at_least=True,
+        digits=0,
+    ),
     Row("latency p50 ms, 8 connections", "keep p50"),
     Row("latency p99 ms, 8 connections", "keep p99", 1.0),
     Row("latency p99 ms, a new connection each", "new p99", 1.0),
@@ -449,14 +507,26 @@ ROWS = [
     Row("behind our nginx: deliveries/s", "nginx ours rate", 3.0, at_least=True, digits=0),
     Row("behind our nginx: CPU s of nginx itself", "nginx ours proxy"),
     Row("behind a plain proxy_pass: CPU s per 10,000", "nginx plain cpu"),
-    Row("behind a plain proxy_pass: deliveries/s", "nginx plain rate", 3.0, at_least=True, digits=0),
+    Row(
+        "behind a plain proxy_pass: deliveries/s", "nginx plain rate", 3.0, at_least=True, digits=0
+    ),
     Row("behind a plain proxy_pass: CPU s of nginx itself", "nginx plain proxy"),
     Row("log_file synced (FastAPI: not), 64 connections: CPU s per 10,000", "synced cpu", 1.0),
     Row("log_file synced (FastAPI: not), 64 connections: deliveries/s", "synced rate", digits=0),
-    Row("1,000 connections at once: answered within 1 s", "new burst answered", 1.0, at_least=True, digits=0),
+    Row(
+        "1,000 connections at once: answered within 1 s",
+        "new burst answered",
+        1.0,
+        at_least=True,
+        digits=0,
+    ),
     Row("1,000 connections at once: lost", "new burst lost", digits=0),
     Row(
-        "1,000 standing connections: answered within 1 s", "hold burst answered", 1.0, at_least=True, digits=0
+        "1,000 standing connections: answered within 1 s",
+        "hold burst answered",
+        1.0,
+        at_least=True,
+        digits=0,
     ),
     Row("1,000 standing connections: lost", "hold burst lost", digits=0),
     Row("memory MiB, idle", "idle", 0.6, digits=1),
@@ -498,7 +568,9 @@ def table_of(bench):
             against = median_ratio(samples["ours"], samples["old"])
             cells.append("" if against is None else f"{against:.2f}")
         values = [statistics.median(values) if values else None for values in samples.values()]
-        lines.append(cells + ["" if value is None else f"{value:,.{row.digits}f}" for value in values])
+        lines.append(
+            cells + ["" if value is None else f"{value:,.{row.digits}f}" for value in values]
+        )
     return ["| " + " | ".join(line) + " |" for line in lines] if lines[2:] else []
 
 
@@ -516,7 +588,10 @@ def notes_of(bench):
     for kind in bench.programs:
         for title, one, many in pairs:
             few, more = bench.samples[f"{one} rate", kind], bench.samples[f"{many} rate", kind]
-            few_cpu, more_cpu = bench.samples[f"{one} cpu", kind], bench.samples[f"{many} cpu", kind]
+            few_cpu, more_cpu = (
+                bench.samples[f"{one} cpu", kind],
+                bench.samples[f"{many} cpu", kind],
+            )
             if few:
                 lines.append(
                     f"- {kind}: {title}: deliveries/s x {median_ratio(more, few):.2f} "
@@ -525,7 +600,9 @@ def notes_of(bench):
                     f"({statistics.median(few_cpu):.2f} to {statistics.median(more_cpu):.2f})"
                 )
         for mode, title in (("new", "at once"), ("hold", "standing")):
-            samples = [bench.samples[f"{mode} burst {what}", f"{kind} default"] for what in OUTCOMES]
+            samples = [
+                bench.samples[f"{mode} burst {what}", f"{kind} default"] for what in OUTCOMES
+            ]
             if samples[0]:
                 accepted, refused, lost, peak = map(statistics.median, samples)
                 lines.append(
@@ -535,7 +612,9 @@ def notes_of(bench):
     for kind in bench.kinds:
         sizes = [f"{statistics.median(after):.1f}" for after in zip(*bench.samples["flat", kind])]
         if sizes:
-            lines.append(f"- {kind}: memory MiB after each burst of 1,000 standing: {', '.join(sizes)}")
+            lines.append(
+                f"- {kind}: memory MiB after each burst of 1,000 standing: {', '.join(sizes)}"
+            )
     return lines
 
 
@@ -554,7 +633,9 @@ def describe_machine(bench):
 
 def parse_arguments(argv):
     """Parse the command line."""
-    parser = argparse.ArgumentParser("python3 -m tests.benchmark", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python3 -m tests.benchmark", description=__doc__.partition("\n")[0]
+    )
     add, figures = parser.add_argument, list(MEASUREMENTS)
     add("--rounds", type=int, default=5, metavar="N", help="medians are taken over them (5)")
     add("--deliveries", type=int, default=10_000, metavar="N", help="of each measurement (10000)")

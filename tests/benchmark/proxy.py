@@ -31,7 +31,9 @@ http {{
     {http}
 }}
 """
-PLAIN = "server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://127.0.0.1:{upstream}; }} }}"
+PLAIN = (
+    "server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://127.0.0.1:{upstream}; }} }}"
+)
 
 
 def parse_directives(tokens):
@@ -62,7 +64,9 @@ def adapt(directives, port, upstream):
                 continue
             words = ["listen", f"127.0.0.1:{port}"]
         text = " ".join(words).replace(UPSTREAM, f"127.0.0.1:{upstream}")
-        lines.append(f"{text} {{ {adapt(block, port, upstream)} }}" if block is not None else f"{text};")
+        lines.append(
+            f"{text} {{ {adapt(block, port, upstream)} }}" if block is not None else f"{text};"
+        )
     return "\n".join(lines)
 
 
@@ -85,7 +89,9 @@ class Proxy:
             directives = parse_directives(token for token in tokens if not token.startswith("#"))
             http = adapt(directives, port, upstream)
             if f"127.0.0.1:{upstream}" not in http or f"listen 127.0.0.1:{port}" not in http:
-                raise SystemExit(f"{CONFIGURATION}: no upstream {UPSTREAM}, or no server on port 443")
+                raise SystemExit(
+                    f"{CONFIGURATION}: no upstream {UPSTREAM}, or no server on port 443"
+                )
         self.path = Path(folder) / "nginx.conf"
         self.path.write_text(MAIN.format(folder=folder, http=http))
 
@@ -94,7 +100,10 @@ class Proxy:
         self.process = subprocess.Popen(["nginx", "-e", early, "-c", self.path])
         deadline = time.monotonic() + 10
         while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port), 5),
+            ):
                 return self
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()

@@ -78,7 +78,17 @@ def make_certificates(folder):
             "keyUsage=critical,keyCertSign",
         ]
         + ["-keyout", "authority.key", "-out", "authority.pem"],
-        ["req", "-new", *key, "-subj", "/CN=localhost", "-keyout", "privkey.pem", "-out", "request.pem"],
+        [
+            "req",
+            "-new",
+            *key,
+            "-subj",
+            "/CN=localhost",
+            "-keyout",
+            "privkey.pem",
+            "-out",
+            "request.pem",
+        ],
         [
             "x509",
             "-req",
@@ -92,4 +102,6 @@ def make_certificates(folder):
         ]
         + ["-days", "2", "-extfile", "extensions", "-out", "fullchain.pem"],
     ):
-        subprocess.run(["openssl", *command], cwd=folder, check=True, capture_output=True, timeout=30)
+        subprocess.run(
+            ["openssl", *command], cwd=folder, check=True, capture_output=True, timeout=30
+        )

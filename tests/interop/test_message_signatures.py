@@ -11,14 +11,26 @@ import time
 import unittest
 from types import SimpleNamespace
 
-from central_webhook_client import Request, SignatureError, parse_public_url, verify_message_signature
+from central_webhook_client import (
+    Request,
+    SignatureError,
+    parse_public_url,
+    verify_message_signature,
+)
 
 from ..support import PATH, Receiver, config_of, new_body, raw_request
 from . import parts
 
 KEY = "5e175c081f53ca19894cbb6d541560f5c5e9a0754ae69639ef4d56b774b4e04e"  # as in the vendor's examples
 URL = "https://hooks.example.com" + PATH
-VENDOR = ("@method", "@target-uri", "@authority", "@scheme", "@path", "date")  # what new Central covers
+VENDOR = (
+    "@method",
+    "@target-uri",
+    "@authority",
+    "@scheme",
+    "@path",
+    "date",
+)  # what new Central covers
 NOW = 1754963403
 
 
@@ -37,7 +49,9 @@ def sign(url, headers, covered=VENDOR, key=KEY, created=NOW, method="POST", **op
     signer = HTTPMessageSigner(signature_algorithm=algorithms.HMAC_SHA256, key_resolver=resolver)
     message = SimpleNamespace(method=method, url=url, headers=dict(headers))
     moment = datetime.datetime.fromtimestamp(created, datetime.timezone.utc)
-    signer.sign(message, key_id="webhook-1", created=moment, covered_component_ids=covered, **options)
+    signer.sign(
+        message, key_id="webhook-1", created=moment, covered_component_ids=covered, **options
+    )
     return message.headers
 
 
@@ -62,7 +76,9 @@ class FunctionTest(unittest.TestCase):
 
     def verify(self, headers, url=URL, public_url=None, tokens=(KEY,), now=NOW, **options):
         public_url = parse_public_url(public_url or url.partition("?")[0])
-        return verify_message_signature(request_of(headers, url, **options), tokens, public_url, now)
+        return verify_message_signature(
+            request_of(headers, url, **options), tokens, public_url, now
+        )
 
     def setUp(self):
         self.headers = {"Date": http_date(NOW), "Content-Type": "application/json", "X-Empty": ""}
@@ -72,7 +88,12 @@ class FunctionTest(unittest.TestCase):
         rows = [
             ("as the vendor documents", URL, VENDOR, {}),
             ("with a query", query, VENDOR, {}),
-            ("with an empty query", URL + "?", ("@method", "@target-uri", "@request-target", "date"), {}),
+            (
+                "with an empty query",
+                URL + "?",
+                ("@method", "@target-uri", "@request-target", "date"),
+                {},
+            ),
             ("the query of a URL without", URL, (*VENDOR, "@query"), {}),
             ("in another order", URL, tuple(reversed(VENDOR)), {}),
             ("authority and path", URL, ("@method", "@authority", "@path"), {}),
@@ -99,8 +120,18 @@ class FunctionTest(unittest.TestCase):
                 {"expires": moment_in(60), "nonce": 'n"o\\nce', "tag": "central", "label": "hpe-1"},
             ),
             ("a port", "https://hooks.example.com:8443/a/b", VENDOR, {}),
-            ("a default port", "https://hooks.example.com:443/a/b", ("@method", "@authority", "@path"), {}),
-            ("an upper-case host", "https://Hooks.Example.COM/a/b", ("@method", "@authority", "@path"), {}),
+            (
+                "a default port",
+                "https://hooks.example.com:443/a/b",
+                ("@method", "@authority", "@path"),
+                {},
+            ),
+            (
+                "an upper-case host",
+                "https://Hooks.Example.COM/a/b",
+                ("@method", "@authority", "@path"),
+                {},
+            ),
             ("an IPv6 address", "https://[2001:db8::1]:8443/a", VENDOR, {}),
             ("no path", "https://hooks.example.com/", VENDOR, {}),
             ("an encoded path", "https://hooks.example.com/a%2Fb//c;d=e", VENDOR, {}),
@@ -114,7 +145,9 @@ class FunctionTest(unittest.TestCase):
         for signed in ("https://hooks.example.com", "https://hooks.example.com/"):
             with self.subTest(signed):
                 headers = sign(signed, self.headers)
-                self.verify(headers, "https://hooks.example.com/", public_url="https://hooks.example.com")
+                self.verify(
+                    headers, "https://hooks.example.com/", public_url="https://hooks.example.com"
+                )
 
     def test_a_key_that_is_hexadecimal_is_tried_as_text_and_decoded(self):
         for key in (KEY, bytes.fromhex(KEY)):
@@ -153,9 +186,17 @@ class FunctionTest(unittest.TestCase):
             (
                 "algorithm",
                 {},
-                {"Signature-Input": signed["Signature-Input"].replace("hmac-sha256", "hmac-sha512")},
+                {
+                    "Signature-Input": signed["Signature-Input"].replace(
+                        "hmac-sha256", "hmac-sha512"
+                    )
+                },
             ),
-            ("keyid", {}, {"Signature-Input": signed["Signature-Input"].replace("webhook-1", "webhook-2")}),
+            (
+                "keyid",
+                {},
+                {"Signature-Input": signed["Signature-Input"].replace("webhook-1", "webhook-2")},
+            ),
             (
                 "a component less",
                 {},
@@ -165,7 +206,9 @@ class FunctionTest(unittest.TestCase):
         ]
         for what, options, headers in rows:
             with self.subTest(what):
-                self.assertTrue(options or any(signed[name] != value for name, value in headers.items()))
+                self.assertTrue(
+                    options or any(signed[name] != value for name, value in headers.items())
+                )
                 with self.assertRaises(SignatureError):
                     self.verify({**signed, **headers}, **{"url": url, **options})
 
@@ -182,7 +225,9 @@ class FunctionTest(unittest.TestCase):
     def test_a_content_digest_that_is_covered_protects_the_body(self):
         body = b'{"summary": "AP down"}'
         for algorithm in ("sha-256", "sha-512"):
-            digest = base64.b64encode(hashlib.new(algorithm.replace("-", ""), body).digest()).decode()
+            digest = base64.b64encode(
+                hashlib.new(algorithm.replace("-", ""), body).digest()
+            ).decode()
             headers = {**self.headers, "Content-Digest": f"{algorithm}=:{digest}:"}
             headers = sign(URL, headers, (*VENDOR, "content-digest"), use_existing_digest=True)
             with self.subTest(algorithm):
@@ -202,17 +247,24 @@ class FunctionTest(unittest.TestCase):
         headers = sign(URL, self.headers, key=b"wrong", label="first")
         headers = sign(URL, headers, label="second", append_if_signature_exists=True)
         headers = sign(URL, headers, key=b"wrong", label="third", append_if_signature_exists=True)
-        self.assertEqual(["first", "second", "third"], re.findall(r"(?:^|, )(\w+)=:", headers["Signature"]))
+        self.assertEqual(
+            ["first", "second", "third"], re.findall(r"(?:^|, )(\w+)=:", headers["Signature"])
+        )
         self.verify(headers)
         with self.assertRaises(SignatureError):
             self.verify(headers, tokens=("another",))
 
-    def test_vector_b_2_5_of_the_rfc_is_reproduced_by_the_library_and_refused_only_for_its_coverage(self):
+    def test_vector_b_2_5_of_the_rfc_is_reproduced_by_the_library_and_refused_only_for_its_coverage(
+        self,
+    ):
         key = base64.b64decode(
             "uzvJfB4u3N0Jy4T7NZ75MDVcr8zSTInedJtkgcu46YW4XByzNJjxBdtjUkdJPBtbmHhIDi6pcl8jsasjlTMtDQ=="
         )
         headers = {"Date": "Tue, 20 Apr 2021 02:07:55 GMT", "Content-Type": "application/json"}
-        url, covered = "https://example.com/foo?param=Value&Pet=dog", ("date", "@authority", "content-type")
+        url, covered = (
+            "https://example.com/foo?param=Value&Pet=dog",
+            ("date", "@authority", "content-type"),
+        )
         options = {"key": key, "created": 1618884473, "label": "sig-b25", "include_alg": False}
         signed = sign(url, headers, covered, **options)
         parameters = signed["Signature-Input"].replace("webhook-1", "test-shared-secret")
@@ -243,7 +295,12 @@ class OverHttpTest(unittest.TestCase):
     """A receiver with a webhook of new Central."""
 
     def setUp(self):
-        webhook = {"name": "new", "type": "new-central", "token": ["old-token", KEY], "public_url": URL}
+        webhook = {
+            "name": "new",
+            "type": "new-central",
+            "token": ["old-token", KEY],
+            "public_url": URL,
+        }
         self.receiver = Receiver(config_of(webhook=webhook))
         self.receiver.__enter__()
         self.addCleanup(self.receiver.__exit__)
@@ -261,13 +318,16 @@ class OverHttpTest(unittest.TestCase):
         self.assertEqual(200, self.post(self.signed("?site=%20a+b"), new_body(), "?site=%20a+b"))
         self.assertEqual(401, self.post(self.signed("?site=1"), new_body(), "?site=2"))
         self.assertEqual(401, self.post(self.signed(key=b"wrong"), new_body()))
-        self.assertEqual(401, self.post({**self.signed(), "Date": http_date(time.time() - 5)}, new_body()))
+        self.assertEqual(
+            401, self.post({**self.signed(), "Date": http_date(time.time() - 5)}, new_body())
+        )
 
     def test_two_alerts_under_one_signature_are_both_kept_and_a_repeated_one_is_a_duplicate(self):
         headers, first, second = self.signed(), new_body(), new_body()
         answers = [self.receiver.post(body, headers) for body in (first, second, first)]
         self.assertEqual(
-            [(200, "ok"), (200, "ok"), (200, "duplicate")], [(a.status, a.json["status"]) for a in answers]
+            [(200, "ok"), (200, "ok"), (200, "duplicate")],
+            [(a.status, a.json["status"]) for a in answers],
         )
 
     def test_a_signature_that_is_too_old_is_refused_although_it_is_good(self):
@@ -280,7 +340,9 @@ class OverHttpTest(unittest.TestCase):
         body, now = new_body(), int(time.time())
         headers = {"Date": http_date(now), "X-Several": "a, b"}
         headers = sign(URL, headers, (*VENDOR, "x-several"), created=now, label="one")
-        headers = sign(URL, headers, key=b"wrong", created=now, label="two", append_if_signature_exists=True)
+        headers = sign(
+            URL, headers, key=b"wrong", created=now, label="two", append_if_signature_exists=True
+        )
         pairs = [("Date", headers["Date"]), ("X-Several", "a"), ("X-Several", "b")]
         for name in ("Signature-Input", "Signature"):
             one, two = headers[name].split(", two=")

@@ -45,7 +45,9 @@ MEBIBYTE = 1 << 20
 OPTIONAL = re.compile(
     r"^( *)#((?:least_conn|server|location|allow|deny)\b)", re.MULTILINE
 )  # lines to switch on
-SEVERAL = re.compile(r"^( *)#((?:least_conn|server)\b)", re.MULTILINE)  # those for several receivers
+SEVERAL = re.compile(
+    r"^( *)#((?:least_conn|server)\b)", re.MULTILINE
+)  # those for several receivers
 
 NGINX = CERTIFICATES = RECEIVER = PROXY = None
 
@@ -163,7 +165,9 @@ class Nginx:
 
     def is_up(self):
         return (
-            (self.folder / "pid").exists() and self.accepts(self.http_port) and self.accepts(self.https_port)
+            (self.folder / "pid").exists()
+            and self.accepts(self.http_port)
+            and self.accepts(self.https_port)
         )
 
     @staticmethod
@@ -217,7 +221,9 @@ def signed_delivery(body=None, **options):
 class FileTest(unittest.TestCase):
     """The file itself."""
 
-    def test_nginx_accepts_the_file_without_a_warning_as_it_is_and_with_each_option_switched_on(self):
+    def test_nginx_accepts_the_file_without_a_warning_as_it_is_and_with_each_option_switched_on(
+        self,
+    ):
         for what, switch_on in (
             ("as it is", None),
             ("all options", OPTIONAL),
@@ -228,9 +234,12 @@ class FileTest(unittest.TestCase):
                 self.addCleanup(shutil.rmtree, nginx.folder)
                 nginx.write()
                 self.assertEqual(bool(switch_on), nginx.site().count("\n    least_conn;") == 1)
-                done = subprocess.run(nginx.command("-t"), capture_output=True, text=True, timeout=30)
+                done = subprocess.run(
+                    nginx.command("-t"), capture_output=True, text=True, timeout=30
+                )
                 self.assertEqual(
-                    (0, []), (done.returncode, re.findall(r"\[(?:warn|error|emerg)\].*", done.stderr))
+                    (0, []),
+                    (done.returncode, re.findall(r"\[(?:warn|error|emerg)\].*", done.stderr)),
                 )
 
     def test_its_size_limit_is_the_default_of_the_receiver(self):
@@ -259,23 +268,30 @@ class DeliveryTest(unittest.TestCase):
     def test_a_body_of_the_size_limit_is_accepted_and_one_byte_more_is_413(self):
         for size, status in ((MEBIBYTE, 200), (MEBIBYTE + 1, 413)):
             with self.subTest(size):
-                self.assertEqual(status, PROXY.request(signed_delivery(new_body().ljust(size))).status)
+                self.assertEqual(
+                    status, PROXY.request(signed_delivery(new_body().ljust(size))).status
+                )
 
     def test_a_chunked_body_above_the_size_limit_is_413(self):
         head = raw_request(
             "POST", PATH, {**central_headers(b""), "Transfer-Encoding": "chunked"}, length=False
         )
         with PROXY.connect() as connection:
-            connection.send(head + b"%x\r\n" % (MEBIBYTE + 1) + b"0" * (MEBIBYTE + 1) + b"\r\n0\r\n\r\n")
+            connection.send(
+                head + b"%x\r\n" % (MEBIBYTE + 1) + b"0" * (MEBIBYTE + 1) + b"\r\n0\r\n\r\n"
+            )
             self.assertEqual(413, connection.read().status)
 
     def test_a_chunked_delivery_is_accepted(self):
         body = new_body()
         chunks = b"".join(
-            b"%x\r\n%b\r\n" % (len(body[i : i + 7]), body[i : i + 7]) for i in range(0, len(body), 7)
+            b"%x\r\n%b\r\n" % (len(body[i : i + 7]), body[i : i + 7])
+            for i in range(0, len(body), 7)
         )
         headers = {**central_headers(body), "Transfer-Encoding": "chunked"}
-        answer = PROXY.request(raw_request("POST", PATH, headers, length=False) + chunks + b"0\r\n\r\n")
+        answer = PROXY.request(
+            raw_request("POST", PATH, headers, length=False) + chunks + b"0\r\n\r\n"
+        )
         self.assertEqual(200, answer.status)
 
     def test_every_other_path_is_404_of_nginx(self):
@@ -337,10 +353,13 @@ class DeliveryTest(unittest.TestCase):
         for path in (PATH, PATH + "?a=b", "/health", "/"):
             for host in ("localhost", "evil.example"):
                 with self.subTest(path=path, host=host), Connection(PROXY.http_port) as connection:
-                    connection.send(signed_delivery(host=host).replace(PATH.encode(), path.encode(), 1))
+                    connection.send(
+                        signed_delivery(host=host).replace(PATH.encode(), path.encode(), 1)
+                    )
                     answer = connection.read()
                     self.assertEqual(
-                        (308, "https://localhost" + path), (answer.status, answer.headers["location"])
+                        (308, "https://localhost" + path),
+                        (answer.status, answer.headers["location"]),
                     )
 
     def test_the_sender_in_the_log_is_the_one_that_nginx_saw_and_not_one_that_it_claims(self):
@@ -354,7 +373,8 @@ class DeliveryTest(unittest.TestCase):
                 body = new_body()
                 headers = {**central_headers(body, token="another-token"), **extra}
                 self.assertEqual(
-                    401, PROXY.request(raw_request("POST", PATH, headers, body), source=source).status
+                    401,
+                    PROXY.request(raw_request("POST", PATH, headers, body), source=source).status,
                 )
                 line = RECEIVER.wait_for_log("401", start=start)
                 self.assertIn(f" {source} ", line)
@@ -375,7 +395,9 @@ class DeliveryTest(unittest.TestCase):
             try:
                 for connection in connections:
                     connection.send(signed_delivery())
-                self.assertEqual([200] * 200, [connection.read().status for connection in connections])
+                self.assertEqual(
+                    [200] * 200, [connection.read().status for connection in connections]
+                )
             finally:
                 for connection in connections:
                     connection.socket.close()
@@ -393,7 +415,9 @@ class DeliveryTest(unittest.TestCase):
 
     def test_senders_that_stop_within_the_body_hold_no_connection_of_the_receiver(self):
         delivery = signed_delivery()
-        slow = [PROXY.connect() for _ in range(20)]  # more than the receiver takes (max_connections is 8)
+        slow = [
+            PROXY.connect() for _ in range(20)
+        ]  # more than the receiver takes (max_connections is 8)
         try:
             for connection in slow:
                 connection.send(delivery[:-5])
@@ -401,7 +425,9 @@ class DeliveryTest(unittest.TestCase):
                 self.assertEqual(200, PROXY.deliver().status)
             question = raw_request("GET", "/metrics", length=False)
             alone = re.compile(rb"^\w*in_flight\w* 1$", re.MULTILINE)  # the question itself
-            deadline_poll(lambda: alone.search(RECEIVER.request(question).body), message="more are in flight")
+            deadline_poll(
+                lambda: alone.search(RECEIVER.request(question).body), message="more are in flight"
+            )
             slow[0].send(delivery[-5:-2])
             slow[0].send(delivery[-2:])
             self.assertEqual(200, slow[0].read().status)
@@ -412,17 +438,27 @@ class DeliveryTest(unittest.TestCase):
     def test_a_sender_of_new_central_is_verified_with_the_url_as_typed_not_with_host_and_port(self):
         date, created = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()), int(time.time())
         url = f"https://localhost{PATH}"
-        parameters = f'("@method" "@target-uri" "@authority" "@scheme" "@path" "date");created={created}'
+        parameters = (
+            f'("@method" "@target-uri" "@authority" "@scheme" "@path" "date");created={created}'
+        )
         base = (
             f'"@method": POST\n"@target-uri": {url}?a=%20b\n"@authority": localhost\n"@scheme": https\n'
             f'"@path": {PATH}\n"date": {date}\n"@signature-params": {parameters}'
         )
-        signature = base64.b64encode(hmac.new(b"new-token", base.encode(), hashlib.sha256).digest()).decode()
-        headers = {"Date": date, "Signature-Input": "sig1=" + parameters, "Signature": f"sig1=:{signature}:"}
+        signature = base64.b64encode(
+            hmac.new(b"new-token", base.encode(), hashlib.sha256).digest()
+        ).decode()
+        headers = {
+            "Date": date,
+            "Signature-Input": "sig1=" + parameters,
+            "Signature": f"sig1=:{signature}:",
+        }
         host = f"localhost:{PROXY.https_port}"
         for query, status in (("?a=%20b", 200), ("?a=+b", 401)):
             with self.subTest(query):
-                answer = PROXY.request(raw_request("POST", PATH + query, headers, new_body(), host=host))
+                answer = PROXY.request(
+                    raw_request("POST", PATH + query, headers, new_body(), host=host)
+                )
                 self.assertEqual(status, answer.status)
 
     def test_a_receiver_that_is_down_is_502_and_one_that_is_back_is_used_at_once(self):
@@ -458,7 +494,9 @@ class TlsTest(unittest.TestCase):
         ):
             with self.assertRaises(ssl.SSLError) as caught:
                 self.handshake(ssl.TLSVersion.TLSv1_1)
-        self.assertEqual("TLSV1_ALERT_PROTOCOL_VERSION", caught.exception.reason)  # the other side said so
+        self.assertEqual(
+            "TLSV1_ALERT_PROTOCOL_VERSION", caught.exception.reason
+        )  # the other side said so
 
     def test_ciphers_without_authenticated_encryption_are_refused(self):
         context = ssl.create_default_context(cafile=str(CERTIFICATES / "authority.pem"))
@@ -504,7 +542,8 @@ class SendSampleTest(unittest.TestCase):
 
     def test_it_exits_1_on_another_status(self):
         done = self.send(
-            f"https://localhost:{PROXY.https_port}/x", SSL_CERT_FILE=str(CERTIFICATES / "authority.pem")
+            f"https://localhost:{PROXY.https_port}/x",
+            SSL_CERT_FILE=str(CERTIFICATES / "authority.pem"),
         )
         self.assertEqual(1, done.returncode, done.stderr)
         self.assertIn("404", done.stdout + done.stderr)
@@ -529,16 +568,21 @@ class SeveralReceiversTest(unittest.TestCase):
 
         with contextlib.ExitStack() as stack:
             lives = [stack.enter_context(Receiver()) for _ in range(2)]  # the last two are alive
-            proxy = stack.enter_context(Nginx(*(receiver.port for receiver in lives), switch_on=SEVERAL))
+            proxy = stack.enter_context(
+                Nginx(*(receiver.port for receiver in lives), switch_on=SEVERAL)
+            )
             senders = [
-                threading.Thread(target=send, args=(proxy, f"127.0.0.{20 + number}")) for number in range(4)
+                threading.Thread(target=send, args=(proxy, f"127.0.0.{20 + number}"))
+                for number in range(4)
             ]
             for sender in senders:
                 sender.start()
             try:
                 for _ in range(8):
                     older = lives[-2]
-                    deadline_poll(lambda life=older: len(life.stdout_lines) > 3, 15, "it gets nothing")
+                    deadline_poll(
+                        lambda life=older: len(life.stdout_lines) > 3, 15, "it gets nothing"
+                    )
                     self.assertEqual(0, older.stop())
                     lives.append(stack.enter_context(Receiver(config_of(port=older.port))))
             finally:

@@ -53,7 +53,10 @@ def receiver_for(well_known_url, environment=None, **oidc):
 def deliver(receiver, *tokens, scheme="Bearer"):
     """Send a delivery with a good signature and the given access tokens; return the answer."""
     body = new_body()
-    pairs = [*central_headers(body).items(), *(("Authorization", f"{scheme} {token}") for token in tokens)]
+    pairs = [
+        *central_headers(body).items(),
+        *(("Authorization", f"{scheme} {token}") for token in tokens),
+    ]
     return receiver.request(raw_request("POST", PATH, pairs, body), timeout=20)
 
 
@@ -79,7 +82,9 @@ class RealProvider:
             lines.append(line.decode())
             if lines[-1].startswith("ready "):
                 self.port = int(lines[-1].split()[1])
-                self.well_known_url = f"http://127.0.0.1:{self.port}/.well-known/openid-configuration"
+                self.well_known_url = (
+                    f"http://127.0.0.1:{self.port}/.well-known/openid-configuration"
+                )
                 threading.Thread(target=self.process.stdout.read, daemon=True).start()
                 return self
         self.__exit__()
@@ -94,12 +99,16 @@ class RealProvider:
 
     def token(self, audience=AUDIENCE):
         """Get an access token as a client does (RFC 6749 section 4.4, RFC 8707)."""
-        data = urllib.parse.urlencode({"grant_type": "client_credentials", "resource": audience}).encode()
+        data = urllib.parse.urlencode(
+            {"grant_type": "client_credentials", "resource": audience}
+        ).encode()
         credentials = base64.b64encode(f"{CLIENT}:{SECRET}".encode()).decode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/token", data, {"Authorization": f"Basic {credentials}"}
         )
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=10
+        ) as answer:
             return json.load(answer)["access_token"]
 
 
@@ -128,11 +137,16 @@ class RealProviderTest(unittest.TestCase):
             answer = deliver(receiver)
             self.assertEqual((401, {"error": "unauthorized"}), (answer.status, answer.json))
             self.assertRegex(answer.headers["www-authenticate"], "^Bearer")
-            self.assertEqual(401, deliver(receiver, provider.token("https://other.example.com")).status)
+            self.assertEqual(
+                401, deliver(receiver, provider.token("https://other.example.com")).status
+            )
             self.assertEqual(401, deliver(receiver, token[:-8] + token[-4:] + token[-8:-4]).status)
             self.assertEqual(401, deliver(receiver, token, token).status)
             body = new_body()
-            headers = {**central_headers(body, token="another-token"), "Authorization": f"Bearer {token}"}
+            headers = {
+                **central_headers(body, token="another-token"),
+                "Authorization": f"Bearer {token}",
+            }
             self.assertEqual(401, receiver.post(body, headers).status)
             with receiver_for(provider.well_known_url, client_id="another-client") as other:
                 self.assertEqual(401, deliver(other, token).status)
@@ -140,13 +154,26 @@ class RealProviderTest(unittest.TestCase):
     def test_send_sample_carries_a_token_in_a_header(self):
         with RealProvider("one") as provider, receiver_for(provider.well_known_url) as receiver:
             url = f"http://127.0.0.1:{receiver.port}{PATH}"
-            command = [sys.executable, str(PROGRAM), f"-i={receiver.config_path}", "--send-sample", url]
-            for extra, code in (([], 1), (["--header", f"Authorization: Bearer {provider.token()}"], 0)):
+            command = [
+                sys.executable,
+                str(PROGRAM),
+                f"-i={receiver.config_path}",
+                "--send-sample",
+                url,
+            ]
+            for extra, code in (
+                ([], 1),
+                (["--header", f"Authorization: Bearer {provider.token()}"], 0),
+            ):
                 with self.subTest(code):
-                    done = subprocess.run([*command, *extra], capture_output=True, text=True, timeout=60)
+                    done = subprocess.run(
+                        [*command, *extra], capture_output=True, text=True, timeout=60
+                    )
                     self.assertEqual(code, done.returncode, done.stderr)
 
-    def test_keys_are_kept_while_the_provider_is_down_and_fetched_again_when_it_comes_back_with_others(self):
+    def test_keys_are_kept_while_the_provider_is_down_and_fetched_again_when_it_comes_back_with_others(
+        self,
+    ):
         with RealProvider("one") as provider:
             receiver = receiver_for(provider.well_known_url)
             receiver.__enter__()
@@ -203,7 +230,8 @@ def encode(value):
 def jwk_of(key, kid):
     numbers = key.public_key().public_numbers()
     n, e = (
-        base64url(number.to_bytes((number.bit_length() + 7) // 8, "big")) for number in (numbers.n, numbers.e)
+        base64url(number.to_bytes((number.bit_length() + 7) // 8, "big"))
+        for number in (numbers.n, numbers.e)
     )
     return {"kty": "RSA", "use": "sig", "kid": kid, "n": n, "e": e}
 
@@ -238,7 +266,9 @@ class FakeProvider:
 
         self.asked = []
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.handle_error = lambda *arguments: None  # a receiver that hangs up is what some tests want
+        self.server.handle_error = lambda *arguments: (
+            None
+        )  # a receiver that hangs up is what some tests want
         if tls:
             self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
         self.base = f"{'https' if tls else 'http'}://localhost:{self.server.server_address[1]}"
@@ -278,7 +308,9 @@ class FakeProvider:
         """Return a token signed with an RSA key; `...` leaves something out."""
         header = {"alg": "RS256", "typ": "at+jwt", "kid": kid, **dict(header)}
         return sign_rsa(
-            {name: value for name, value in header.items() if value is not ...}, cls.claims(**changes), key
+            {name: value for name, value in header.items() if value is not ...},
+            cls.claims(**changes),
+            key,
         )
 
 
@@ -344,10 +376,17 @@ class MintedTokenTest(unittest.TestCase):
     def test_what_is_not_allowed_is_401(self):
         from cryptography.hazmat.primitives import serialization
 
-        key, attacker, mint, now = new_key(), new_key("attacker"), self.provider.mint, int(time.time())
+        key, attacker, mint, now = (
+            new_key(),
+            new_key("attacker"),
+            self.provider.mint,
+            int(time.time()),
+        )
         weak = new_key("weak", 1024)
         self.provider.publish(
-            jwk_of(key, "one"), jwk_of(weak, "weak"), {**jwk_of(attacker, "encryption"), "use": "enc"}
+            jwk_of(key, "one"),
+            jwk_of(weak, "weak"),
+            {**jwk_of(attacker, "encryption"), "use": "enc"},
         )
         encoding, form = serialization.Encoding, serialization.PublicFormat
         pem = key.public_key().public_bytes(encoding.PEM, form.SubjectPublicKeyInfo)
@@ -357,7 +396,10 @@ class MintedTokenTest(unittest.TestCase):
         hs256 = {"alg": "HS256", "kid": "one"}
         rows = [
             ("none", f"{encode({'alg': 'none'})}.{payload}."),
-            ("none with a signature", f"{encode({'alg': 'none', 'kid': 'one'})}.{payload}.{signature}"),
+            (
+                "none with a signature",
+                f"{encode({'alg': 'none', 'kid': 'one'})}.{payload}.{signature}",
+            ),
             ("None", f"{encode({'alg': 'None', 'kid': 'one'})}.{payload}."),
             ("HS256 with the public key in PEM", sign_hmac(hs256, claims, pem)),
             ("HS256 with the public key in DER", sign_hmac(hs256, claims, der)),
@@ -368,8 +410,14 @@ class MintedTokenTest(unittest.TestCase):
             ("RS256 and ES256's signature", sign_ecdsa({"alg": "RS256", "kid": "one"}, claims)),
             ("alg is a list", f"{encode({'alg': ['RS256'], 'kid': 'one'})}.{payload}.{signature}"),
             ("alg is missing", f"{encode({'kid': 'one'})}.{payload}.{signature}"),
-            ("a kid that is null", sign_rsa({"alg": "RS256", "kid": None}, self.provider.claims(), key)),
-            ("another hash than it says", f"{encode({'alg': 'RS512', 'kid': 'one'})}.{payload}.{signature}"),
+            (
+                "a kid that is null",
+                sign_rsa({"alg": "RS256", "kid": None}, self.provider.claims(), key),
+            ),
+            (
+                "another hash than it says",
+                f"{encode({'alg': 'RS512', 'kid': 'one'})}.{payload}.{signature}",
+            ),
             ("another key", mint(attacker, "one")),
             ("another key without kid", mint(attacker)),
             ("another key ID", mint(key, "two")),
@@ -377,7 +425,10 @@ class MintedTokenTest(unittest.TestCase):
             ("a key for encryption", mint(attacker, "encryption")),
             ("a key of 1024 bits", mint(weak, "weak")),
             ("a key of 1024 bits without kid", mint(weak)),
-            ("a key embedded in the token", mint(attacker, "one", {"jwk": jwk_of(attacker, "one")})),
+            (
+                "a key embedded in the token",
+                mint(attacker, "one", {"jwk": jwk_of(attacker, "one")}),
+            ),
             ("an unknown critical extension", mint(key, "one", {"crit": ["b64"], "b64": False})),
             ("an empty list of critical extensions", mint(key, "one", {"crit": []})),
             ("expired", mint(key, "one", exp=now - 120)),
@@ -422,7 +473,12 @@ class MintedTokenTest(unittest.TestCase):
             self.assertEqual(401, deliver(self.receiver, good, good).status)
         self.assertEqual(200, deliver(self.receiver, good).status)
         self.assertEqual(
-            [], [line for line in self.receiver.stderr_lines if "Traceback" in line or " ERROR " in line]
+            [],
+            [
+                line
+                for line in self.receiver.stderr_lines
+                if "Traceback" in line or " ERROR " in line
+            ],
         )
 
     def test_the_log_names_an_algorithm_that_is_not_accepted_and_never_the_token(self):
@@ -436,7 +492,9 @@ class MintedTokenTest(unittest.TestCase):
     def test_a_configured_issuer_takes_the_place_of_the_discovered_one(self):
         token = self.provider.mint(new_key(), "one", iss="https://sts.example.com/tenant/")
         self.assertEqual(401, deliver(self.receiver, token).status)
-        with receiver_for(self.provider.well_known_url, issuer="https://sts.example.com/tenant/") as receiver:
+        with receiver_for(
+            self.provider.well_known_url, issuer="https://sts.example.com/tenant/"
+        ) as receiver:
             self.assertEqual(200, deliver(receiver, token).status)
             self.assertEqual(401, deliver(receiver, self.provider.mint(new_key(), "one")).status)
 
@@ -445,13 +503,17 @@ class MintedTokenTest(unittest.TestCase):
             ({"audience": None}, self.provider.mint(new_key(), "one", aud=...)),
             ({"client_id": None}, self.provider.mint(new_key(), "one", client_id=...)),
         ):
-            with self.subTest(changes), receiver_for(self.provider.well_known_url, **changes) as receiver:
+            with (
+                self.subTest(changes),
+                receiver_for(self.provider.well_known_url, **changes) as receiver,
+            ):
                 self.assertEqual(200, deliver(receiver, token).status)
 
     def test_tokens_with_unknown_key_ids_cause_no_more_than_one_question(self):
         for number in range(20):
             self.assertEqual(
-                401, deliver(self.receiver, self.provider.mint(new_key("attacker"), str(number))).status
+                401,
+                deliver(self.receiver, self.provider.mint(new_key("attacker"), str(number))).status,
             )
         self.assertEqual([FakeProvider.DISCOVERY, FakeProvider.JWKS], self.provider.asked)
 
@@ -468,7 +530,9 @@ class MintedTokenTest(unittest.TestCase):
         good = self.provider.mint(new_key(), "one")
         self.assertEqual(200, deliver(self.receiver, good).status)
         self.provider.answers.clear()
-        self.assertEqual(401, deliver(self.receiver, self.provider.mint(new_key("attacker"), "two")).status)
+        self.assertEqual(
+            401, deliver(self.receiver, self.provider.mint(new_key("attacker"), "two")).status
+        )
         self.assertEqual(200, deliver(self.receiver, good).status)
 
 
@@ -485,7 +549,12 @@ class BadProviderTest(unittest.TestCase):
             self.assertIn("retry-after", answer.headers)
             receiver.wait_for_log("503 ")
             self.assertEqual(
-                [], [line for line in receiver.stderr_lines if "Traceback" in line or "internal" in line]
+                [],
+                [
+                    line
+                    for line in receiver.stderr_lines
+                    if "Traceback" in line or "internal" in line
+                ],
             )
             return list(provider.asked)
 
@@ -495,7 +564,11 @@ class BadProviderTest(unittest.TestCase):
                 with self.subTest(path=path, status=status):
                     provider = FakeProvider()
                     provider.answers["/elsewhere"] = provider.answers[path]
-                    provider.answers[path] = (status, {"Location": provider.base + "/elsewhere"}, b"")
+                    provider.answers[path] = (
+                        status,
+                        {"Location": provider.base + "/elsewhere"},
+                        b"",
+                    )
                     self.assertNotIn("/elsewhere", self.assert_unavailable(provider))
 
     def test_documents_that_are_not_what_they_should_be_give_no_keys(self):
@@ -521,7 +594,9 @@ class BadProviderTest(unittest.TestCase):
                     )
                     self.assert_unavailable(provider)
 
-    def test_a_discovery_document_cannot_lead_to_plain_http_elsewhere_or_to_what_is_no_web_at_all(self):
+    def test_a_discovery_document_cannot_lead_to_plain_http_elsewhere_or_to_what_is_no_web_at_all(
+        self,
+    ):
         keys = json.dumps({"keys": [jwk_of(new_key(), "one")]})
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             file.write(keys)
@@ -536,7 +611,9 @@ class BadProviderTest(unittest.TestCase):
                 with self.subTest(url[:20]):
                     provider = FakeProvider()
                     port = provider.server.server_address[1]
-                    provider.publish(jwk_of(new_key(), "one"), jwks_uri=url.replace("{port}", str(port)))
+                    provider.publish(
+                        jwk_of(new_key(), "one"), jwks_uri=url.replace("{port}", str(port))
+                    )
                     self.assertEqual([FakeProvider.DISCOVERY], self.assert_unavailable(provider))
 
     def test_a_document_without_end_is_given_up_in_time(self):
@@ -569,7 +646,9 @@ class BadProviderTest(unittest.TestCase):
                 stop.wait(10) and handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + good[2])
             )
             token = provider.mint(new_key(), "one")
-            waiting = threading.Thread(target=lambda: statuses.append(deliver(receiver, token).status))
+            waiting = threading.Thread(
+                target=lambda: statuses.append(deliver(receiver, token).status)
+            )
             waiting.start()
             deadline_poll(lambda: FakeProvider.JWKS in provider.asked)
             self.assertEqual(401, deliver(receiver).status)

@@ -60,12 +60,58 @@ def mixed(pieces, other=latin, size=20):
 
 
 FIELD_PIECES = [
-    "sig1", "sig2", "a", "*", "=", ";", ",", " ", "\t", "(", ")", ":", "::", ":YQ==:", ":YQ:", ":=:", '"',
-    "\\", '"a"', '"\\""', '"@method"', '"@target-uri"', '"@authority"', '"@path"', '"date"',
-    '"@query-param";name="a"', "sig1=", "?1", "?0", "?", "0", "1", "-1", "-", "999999999999999",
-    "1000000000000000", "1.5", "1.2345", "tok/en", ";created=1754963403", ";created", ";expires=1",
-    ';alg="hmac-sha256"', ';keyid="x"', "\n", "\r", "\x00", "\x7f", "\u00e9", "((", "A",
-]  # fmt: skip
+    "sig1",
+    "sig2",
+    "a",
+    "*",
+    "=",
+    ";",
+    ",",
+    " ",
+    "\t",
+    "(",
+    ")",
+    ":",
+    "::",
+    ":YQ==:",
+    ":YQ:",
+    ":=:",
+    '"',
+    "\\",
+    '"a"',
+    '"\\""',
+    '"@method"',
+    '"@target-uri"',
+    '"@authority"',
+    '"@path"',
+    '"date"',
+    '"@query-param";name="a"',
+    "sig1=",
+    "?1",
+    "?0",
+    "?",
+    "0",
+    "1",
+    "-1",
+    "-",
+    "999999999999999",
+    "1000000000000000",
+    "1.5",
+    "1.2345",
+    "tok/en",
+    ";created=1754963403",
+    ";created",
+    ";expires=1",
+    ';alg="hmac-sha256"',
+    ';keyid="x"',
+    "\n",
+    "\r",
+    "\x00",
+    "\x7f",
+    "\u00e9",
+    "((",
+    "A",
+]
 fields = mixed(FIELD_PIECES)
 
 
@@ -96,9 +142,17 @@ class StructuredFieldTest(unittest.TestCase):
         st.dictionaries(
             st.from_regex(r"[a-z*][a-z0-9_.*-]{0,6}", fullmatch=True),
             st.tuples(
-                st.lists(st.from_regex(r'"(?:[ !#-\[\]-~]|\\["\\]){0,8}"', fullmatch=True), max_size=4),
+                st.lists(
+                    st.from_regex(r'"(?:[ !#-\[\]-~]|\\["\\]){0,8}"', fullmatch=True), max_size=4
+                ),
                 st.sampled_from(
-                    ["", ";created=1754963403", ';keyid="a\\"b"', ";flag", ";a=:YQ==:;b=?0;c=1.5;d=tok/en"]
+                    [
+                        "",
+                        ";created=1754963403",
+                        ';keyid="a\\"b"',
+                        ";flag",
+                        ";a=:YQ==:;b=?0;c=1.5;d=tok/en",
+                    ]
                 ),
             ),
             min_size=1,
@@ -130,7 +184,20 @@ class StructuredFieldTest(unittest.TestCase):
             self.assertFalse(re.search("[\x00-\x08\x0a-\x1f]", "".join(map(str, found.values()))))
 
     def test_long_repetitions_are_read_in_linear_time(self):
-        for piece in ('"', "(", "a=", ";a", "a,", '"\\', ":A", "1", " ", "a=( ", "a=()", "(" * 50 + '"x"'):
+        for piece in (
+            '"',
+            "(",
+            "a=",
+            ";a",
+            "a,",
+            '"\\',
+            ":A",
+            "1",
+            " ",
+            "a=( ",
+            "a=()",
+            "(" * 50 + '"x"',
+        ):
             for prefix in ("", "a=", "a=(", 'a=("'):
                 with self.subTest(prefix=prefix, piece=piece):
                     started = time.monotonic()
@@ -161,10 +228,14 @@ class SignatureTest(unittest.TestCase):
         ),
         st.one_of(st.none(), latin),
         st.sampled_from(URLS),
-        st.lists(any_text.filter(bool).filter(lambda text: text.isprintable()), min_size=1, max_size=3),
+        st.lists(
+            any_text.filter(bool).filter(lambda text: text.isprintable()), min_size=1, max_size=3
+        ),
         st.binary(max_size=20),
     )
-    def test_no_random_signature_is_accepted_or_raises_anything_else(self, headers, query, url, tokens, body):
+    def test_no_random_signature_is_accepted_or_raises_anything_else(
+        self, headers, query, url, tokens, body
+    ):
         request = Request("POST", "/centralwebhook", query, "1.1", headers, frozenset(), body)
         with self.assertRaises(SignatureError):
             verify_message_signature(request, tokens, parse_public_url(url), NOW)
@@ -179,7 +250,8 @@ class SignatureTest(unittest.TestCase):
             max_size=6,
         ),
         parameters=mixed(
-            [piece for piece in FIELD_PIECES if piece.startswith(";")] + [";nonce=1", ";tag=?1"], st.just("")
+            [piece for piece in FIELD_PIECES if piece.startswith(";")] + [";nonce=1", ";tag=?1"],
+            st.just(""),
         ),
         date=st.one_of(st.just("Tue, 12 Aug 2025 01:50:03 GMT"), latin),
     )
@@ -201,7 +273,9 @@ class SignatureTest(unittest.TestCase):
         st.binary(max_size=50),
         st.lists(any_text.filter(bool).filter(lambda text: text.isprintable()), max_size=3),
     )
-    def test_no_random_classic_signature_is_accepted_or_raises_anything_else(self, headers, body, tokens):
+    def test_no_random_classic_signature_is_accepted_or_raises_anything_else(
+        self, headers, body, tokens
+    ):
         with self.assertRaises(SignatureError):
             verify_signature(body, headers, tokens)
 
@@ -228,7 +302,23 @@ class SignatureTest(unittest.TestCase):
     @given(
         st.one_of(
             any_text,
-            mixed(["https", "http", "://", ":", "/", "[", "]", "::1", "@", "#", "?", "a.example", "99999"]),
+            mixed(
+                [
+                    "https",
+                    "http",
+                    "://",
+                    ":",
+                    "/",
+                    "[",
+                    "]",
+                    "::1",
+                    "@",
+                    "#",
+                    "?",
+                    "a.example",
+                    "99999",
+                ]
+            ),
         )
     )
     @example("https://[")
@@ -273,13 +363,19 @@ class AccessTokenTest(unittest.TestCase):
         request = Request("POST", PATH, None, "1.1", {"authorization": value}, frozenset(), b"{}")
         with self.assertRaises(Refusal) as caught:
             verify_access_token(
-                request, self.OIDC, lambda kid, algorithm: ("https://issuer.example.com", self.KEYS), NOW
+                request,
+                self.OIDC,
+                lambda kid, algorithm: ("https://issuer.example.com", self.KEYS),
+                NOW,
             )
         self.assertEqual("oidc", caught.exception.reason)
 
     @QUICK
     @given(
-        st.one_of(latin, mixed(["Bearer ", "bearer", ".", "e30", "eyJhbGciOiJSUzI1NiJ9", "=", "-_", "AAAA"]))
+        st.one_of(
+            latin,
+            mixed(["Bearer ", "bearer", ".", "e30", "eyJhbGciOiJSUzI1NiJ9", "=", "-_", "AAAA"]),
+        )
     )
     def test_any_header_is_refused_with_its_own_error(self, value):
         self.refuse(value)
@@ -295,15 +391,20 @@ class AccessTokenTest(unittest.TestCase):
     )
     def test_any_json_web_token_is_refused_with_its_own_error(self, header, claims, signature):
         encoded = [
-            base64url(json.dumps(value).encode("utf-8", "surrogatepass")) for value in (header, claims)
+            base64url(json.dumps(value).encode("utf-8", "surrogatepass"))
+            for value in (header, claims)
         ]
         self.refuse("Bearer " + ".".join([*encoded, base64url(signature)]))
 
     @QUICK
-    @given(st.binary(max_size=60), st.binary(max_size=60), st.sampled_from([0, 1, 255, 256, 257, 300]))
+    @given(
+        st.binary(max_size=60), st.binary(max_size=60), st.sampled_from([0, 1, 255, 256, 257, 300])
+    )
     def test_any_bytes_for_header_claims_and_signature_are_refused(self, header, claims, size):
         self.refuse("Bearer " + ".".join(map(base64url, (header, claims, b"\xff" * size))))
-        self.refuse("Bearer " + ".".join(map(base64url, (b'{"alg": "RS256"}', claims, b"\x00" * size))))
+        self.refuse(
+            "Bearer " + ".".join(map(base64url, (b'{"alg": "RS256"}', claims, b"\x00" * size)))
+        )
 
 
 class TextTest(unittest.TestCase):
@@ -336,7 +437,11 @@ class TextTest(unittest.TestCase):
     @given(
         st.one_of(
             any_text,
-            mixed([*TIME_PIECES, "2016-07-12T13:14:19", "-07:00", "\u0662", "9" * 30, "99:99"], any_text, 8),
+            mixed(
+                [*TIME_PIECES, "2016-07-12T13:14:19", "-07:00", "\u0662", "9" * 30, "99:99"],
+                any_text,
+                8,
+            ),
         )
     )
     def test_any_time_stamp_is_understood_or_none(self, text):
@@ -405,7 +510,7 @@ CONFIG_VALUES = st.one_of(
             ["a", 1],
             "\ud800",
         ]
-    ),  # fmt: skip
+    ),
 )
 api_keys = st.one_of(CONFIG_VALUES, objects(["header", "field", "value"], CONFIG_VALUES))
 oidcs = st.one_of(
@@ -417,7 +522,10 @@ def some_of(**values):
     """Return a strategy for objects with some of these keys, and now and then another one."""
     known = st.fixed_dictionaries({}, optional=values)
     return st.one_of(
-        known, st.builds(lambda one, two: {**one, **two}, known, objects(["typo", "tokne"], CONFIG_VALUES))
+        known,
+        st.builds(
+            lambda one, two: {**one, **two}, known, objects(["typo", "tokne"], CONFIG_VALUES)
+        ),
     )
 
 
@@ -427,7 +535,8 @@ webhooks = some_of(
     path=CONFIG_VALUES,
     token=CONFIG_VALUES,
     token_file=st.one_of(
-        CONFIG_VALUES, st.sampled_from(["${NO_SUCH_VARIABLE}/x", "/dev/null", "\x00", "/", "a" * 5000])
+        CONFIG_VALUES,
+        st.sampled_from(["${NO_SUCH_VARIABLE}/x", "/dev/null", "\x00", "/", "a" * 5000]),
     ),
     replay_window_hours=CONFIG_VALUES,
     public_url=CONFIG_VALUES,
@@ -447,7 +556,8 @@ configs = some_of(
         ),
     ),
     central_info=st.one_of(
-        CONFIG_VALUES, some_of(webhook=st.one_of(CONFIG_VALUES, webhooks, st.lists(webhooks, max_size=3)))
+        CONFIG_VALUES,
+        some_of(webhook=st.one_of(CONFIG_VALUES, webhooks, st.lists(webhooks, max_size=3))),
     ),
 )
 
@@ -467,7 +577,9 @@ class ConfigTest(unittest.TestCase):
     @given(
         st.one_of(
             st.binary(),
-            mixed(['{"', '"', "{", "}", "[", "]", ":", ",", "1", "webclient_info", "\ufeff"]).map(str.encode),
+            mixed(['{"', '"', "{", "}", "[", "]", ":", ",", "1", "webclient_info", "\ufeff"]).map(
+                str.encode
+            ),
         )
     )
     @example(b"[" * 200000)
@@ -484,7 +596,11 @@ class ConfigTest(unittest.TestCase):
         self.read(json.dumps(value).encode())
 
     @QUICK
-    @given(any_text.filter(lambda text: text.isprintable()).map(lambda text: f"zSMrzuYr{text}blgBfByy2JrM"))
+    @given(
+        any_text.filter(lambda text: text.isprintable()).map(
+            lambda text: f"zSMrzuYr{text}blgBfByy2JrM"
+        )
+    )
     def test_no_mistake_shows_a_token(self, token):
         shown = json.dumps(token)[1:-1]
         for name, value in (
@@ -502,14 +618,52 @@ class ConfigTest(unittest.TestCase):
 
 
 HEAD_PIECES = [
-    "POST", "GET", "HEAD", " ", "/centralwebhook", "/health", "/metrics", "/", "*", "?", "HTTP/1.1",
-    "HTTP/1.0", "HTTP/2.0", "\r\n", "\n", "\r", "\r\n\r\n", "Host: a", "Host:", "Content-Length: ", "0",
-    "5", "-1", "+5", "99999999999999999999", ":", "\t", "\x00", "Transfer-Encoding: chunked",
-    "Transfer-Encoding: gzip, chunked", "Connection: close", "Connection: keep-alive", ";", ",",
-    "Expect: 100-continue", "X-Central-Signature: x", "Authorization: Bearer a.b.c", "\u00e9", "%",
-    "http://a", "x" * 300, "5\r\nhello\r\n",
-]  # fmt: skip
-ANSWER = re.compile(rb"HTTP/1\.1 (?P<status>[0-9]{3}) [A-Za-z -]+\r\n(?:[A-Za-z-]+: [^\r\n]*\r\n)+\r\n")
+    "POST",
+    "GET",
+    "HEAD",
+    " ",
+    "/centralwebhook",
+    "/health",
+    "/metrics",
+    "/",
+    "*",
+    "?",
+    "HTTP/1.1",
+    "HTTP/1.0",
+    "HTTP/2.0",
+    "\r\n",
+    "\n",
+    "\r",
+    "\r\n\r\n",
+    "Host: a",
+    "Host:",
+    "Content-Length: ",
+    "0",
+    "5",
+    "-1",
+    "+5",
+    "99999999999999999999",
+    ":",
+    "\t",
+    "\x00",
+    "Transfer-Encoding: chunked",
+    "Transfer-Encoding: gzip, chunked",
+    "Connection: close",
+    "Connection: keep-alive",
+    ";",
+    ",",
+    "Expect: 100-continue",
+    "X-Central-Signature: x",
+    "Authorization: Bearer a.b.c",
+    "\u00e9",
+    "%",
+    "http://a",
+    "x" * 300,
+    "5\r\nhello\r\n",
+]
+ANSWER = re.compile(
+    rb"HTTP/1\.1 (?P<status>[0-9]{3}) [A-Za-z -]+\r\n(?:[A-Za-z-]+: [^\r\n]*\r\n)+\r\n"
+)
 
 
 class HttpTest(unittest.TestCase):
@@ -550,10 +704,20 @@ class HttpTest(unittest.TestCase):
         answer = self.receiver.request(raw_request("POST", PATH, central_headers(body), body))
         self.assertEqual(200, answer.status)
         self.assertEqual(
-            [], [line for line in self.receiver.stderr_lines if "Traceback" in line or "internal" in line]
+            [],
+            [
+                line
+                for line in self.receiver.stderr_lines
+                if "Traceback" in line or "internal" in line
+            ],
         )
         self.assertEqual(
-            [], [line for line in self.receiver.stderr_lines if not re.match(r"\d{4}-\d\d-\d\dT", line)]
+            [],
+            [
+                line
+                for line in self.receiver.stderr_lines
+                if not re.match(r"\d{4}-\d\d-\d\dT", line)
+            ],
         )
 
     @OVER_HTTP
@@ -570,10 +734,15 @@ class HttpTest(unittest.TestCase):
     @given(
         st.sampled_from(["POST", "GET", "HEAD", "PUT", "post", "P\u00d6ST", ""]),
         st.one_of(
-            st.sampled_from([PATH, "/health", "/metrics", "*", "//", PATH + "?a", "http://a" + PATH]), latin
+            st.sampled_from(
+                [PATH, "/health", "/metrics", "*", "//", PATH + "?a", "http://a" + PATH]
+            ),
+            latin,
         ),
         st.lists(
-            st.tuples(mixed(["Content-Length", "Transfer-Encoding", "X-A", "Host", " "], latin, 2), latin),
+            st.tuples(
+                mixed(["Content-Length", "Transfer-Encoding", "X-A", "Host", " "], latin, 2), latin
+            ),
             max_size=6,
         ),
         st.binary(max_size=50),
@@ -585,12 +754,15 @@ class HttpTest(unittest.TestCase):
     @given(
         st.lists(
             st.tuples(
-                mixed(["5", "0", "a", "A", "ff", ";", "x=", '"', "g", "-"], latin, 3), st.binary(max_size=20)
+                mixed(["5", "0", "a", "A", "ff", ";", "x=", '"', "g", "-"], latin, 3),
+                st.binary(max_size=20),
             ),
             max_size=5,
         )
     )
-    def test_any_chunked_body_gets_a_well_formed_answer_and_no_200_without_a_signature(self, chunks):
+    def test_any_chunked_body_gets_a_well_formed_answer_and_no_200_without_a_signature(
+        self, chunks
+    ):
         body = b"".join(size.encode("latin-1") + b"\r\n" + data + b"\r\n" for size, data in chunks)
         head = raw_request("POST", PATH, {"Transfer-Encoding": "chunked"}, length=False)
         self.assertNotIn(200, self.check(head + body + b"0\r\n\r\n"))
@@ -631,6 +803,7 @@ class HttpTest(unittest.TestCase):
             return
         before = len(self.receiver.stdout_lines)
         self.assertEqual(
-            200, self.receiver.request(raw_request("POST", PATH, central_headers(body), body)).status
+            200,
+            self.receiver.request(raw_request("POST", PATH, central_headers(body), body)).status,
         )
         self.assertEqual(value, json.loads(self.receiver.wait_for_stdout(before + 1)[-1])["alert"])

@@ -104,7 +104,9 @@ class PipeTest(RecipeTest):
         )
         self.spawn(f"{{ {command}\n}} 2>errors", "picked")
         running = Receiver.__new__(Receiver)  # of which only the port is used
-        running.port = int(deadline_poll(lambda: self.read("errors").partition(" port ")[2].split(" ")[0]))
+        running.port = int(
+            deadline_poll(lambda: self.read("errors").partition(" port ")[2].split(" ")[0])
+        )
         for body in (
             new_body(severity="Critical", description="one"),
             new_body(severity="Minor", description="two"),
@@ -129,7 +131,9 @@ class ChatTest(RecipeTest):
             def do_POST(self):
                 received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 texts = [one["text"] for one in received]
-                failing = "AP Down" in texts[-1] and texts.count(texts[-1]) == 1  # once: curl tries again
+                failing = (
+                    "AP Down" in texts[-1] and texts.count(texts[-1]) == 1
+                )  # once: curl tries again
                 self.send_response(503 if failing else 200)
                 self.end_headers()
 
@@ -142,7 +146,9 @@ class ChatTest(RecipeTest):
         self.addCleanup(server.shutdown)
         command = block("sh", "title=", RECIPES)
         receiver = self.receiver()
-        self.spawn(command, environment={"CHAT_URL": f"http://127.0.0.1:{server.server_address[1]}/"})
+        self.spawn(
+            command, environment={"CHAT_URL": f"http://127.0.0.1:{server.server_address[1]}/"}
+        )
         self.wait_for_tail(receiver, received)
         del received[:]
         expected = []
@@ -196,7 +202,9 @@ class SqliteTest(RecipeTest):
         self.assertEqual("|2\nMajor|2\n", self.run_shell(command))
         self.assertEqual(200, receiver.deliver(new_body()).status)
         lines = self.log_lines()
-        with (self.folder / "central.jsonl").open("a") as log:  # a line that is being written at this moment
+        with (self.folder / "central.jsonl").open(
+            "a"
+        ) as log:  # a line that is being written at this moment
             log.write('{"received_at": "2026-')
         self.assertEqual(["|2", "Major|3"], self.run_shell(command).splitlines()[-2:])
         query = "SELECT line FROM alert ORDER BY received_at; SELECT key FROM alert ORDER BY received_at"
@@ -208,7 +216,9 @@ class SqliteTest(RecipeTest):
 class QueueTest(RecipeTest):
     def start_broker(self):
         """Start a RabbitMQ of our own on loopback, with all its files in the folder; return its URL."""
-        server = next((path for path in Path("/usr/lib/rabbitmq").glob("**/bin/rabbitmq-server")), None)
+        server = next(
+            (path for path in Path("/usr/lib/rabbitmq").glob("**/bin/rabbitmq-server")), None
+        )
         parts.need("rabbitmq-server", lambda: server)
         epmd = parts.need_program("epmd")
         port, distribution, mapper = parts.free_ports(3)
@@ -243,7 +253,10 @@ class QueueTest(RecipeTest):
 
         def is_up():
             self.assertIsNone(broker.poll(), self.read("broker.log"))
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", port), timeout=1),
+            ):
                 return "startup complete" in self.read("broker.log")
 
         deadline_poll(is_up, 60, "the broker does not start")
@@ -253,11 +266,16 @@ class QueueTest(RecipeTest):
         for program in ("amqp-declare-queue", "amqp-publish", "amqp-consume", "tail"):
             parts.need_program(program)
         environment, receiver = {"AMQP_URL": self.start_broker()}, self.receiver()
-        publish, consume = block("sh", "amqp-declare-queue", RECIPES), block("sh", "while sleep 1", RECIPES)
+        publish, consume = (
+            block("sh", "amqp-declare-queue", RECIPES),
+            block("sh", "while sleep 1", RECIPES),
+        )
         self.assertIn("sleep 1; do\n  timeout 60 ", consume)
         consume = consume.replace("sleep 1", "sleep 0.1").replace("timeout 60", "timeout 1")
         program = self.folder / "one-alert"  # fails once, and gets that alert again
-        program.write_text("#!/bin/sh\nif [ ! -e failed ]; then touch failed; exit 1; fi\ncat >>consumed\n")
+        program.write_text(
+            "#!/bin/sh\nif [ ! -e failed ]; then touch failed; exit 1; fi\ncat >>consumed\n"
+        )
         program.chmod(0o755)
         self.assertEqual(200, receiver.deliver(new_body(text="x" * LONG)).status)
         publisher = self.spawn(publish, environment=environment)
@@ -274,7 +292,9 @@ class QueueTest(RecipeTest):
         self.assertEqual({json.loads(line)["key"] for line in lines}, keys)
 
     def wait_for_lines(self, lines):
-        deadline_poll(lambda: set(lines) <= set(self.read("consumed").splitlines()), 20, "a line is missing")
+        deadline_poll(
+            lambda: set(lines) <= set(self.read("consumed").splitlines()), 20, "a line is missing"
+        )
 
 
 class RsyslogTest(RecipeTest):
@@ -329,7 +349,9 @@ class LogrotateTest(RecipeTest):
         receiver = self.receiver()
         text = block("logrotate", LOG, RECIPES).replace(LOG, str(self.folder / "central.jsonl"))
         self.assertIn("systemctl reload centralwebhook.service", text)
-        text = text.replace("systemctl reload centralwebhook.service", f"kill -HUP {receiver.process.pid}")
+        text = text.replace(
+            "systemctl reload centralwebhook.service", f"kill -HUP {receiver.process.pid}"
+        )
         conf = self.folder / "logrotate.conf"
         conf.write_text(text)
         conf.chmod(0o644)

@@ -20,7 +20,9 @@ def ini_blocks():
     """Return the ini blocks of README.md without their indentation."""
     return [
         block.strip() + "\n"
-        for block in re.findall(r"^ *```ini\n(.*?)^ *```", README.read_text(), re.DOTALL | re.MULTILINE)
+        for block in re.findall(
+            r"^ *```ini\n(.*?)^ *```", README.read_text(), re.DOTALL | re.MULTILINE
+        )
     ]
 
 
@@ -45,7 +47,9 @@ class UnitFileTest(unittest.TestCase):
             r"^(ExecStart=[-@:+!]*)(\S+)", rf"\1{sys.executable}", services[0], flags=re.MULTILINE
         )
         self.service = self.write("centralwebhook.service", service)
-        self.sockets = [self.write("centralwebhook.socket", block) for block in blocks if "[Socket]" in block]
+        self.sockets = [
+            self.write("centralwebhook.socket", block) for block in blocks if "[Socket]" in block
+        ]
 
     def write(self, name, text):
         path = self.folder / name
@@ -67,7 +71,9 @@ class UnitFileTest(unittest.TestCase):
             with self.subTest(unit.name):
                 done = self.analyze("verify", "--man=no", unit)
                 self.assertEqual(0, done.returncode, done.stdout)
-                self.assertEqual([], [line for line in done.stdout.splitlines() if str(self.folder) in line])
+                self.assertEqual(
+                    [], [line for line in done.stdout.splitlines() if str(self.folder) in line]
+                )
 
     def test_systemd_rates_the_service_as_confined(self):
         done = self.analyze("security", "--offline=true", self.service)
