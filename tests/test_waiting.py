@@ -6,7 +6,6 @@ import contextlib
 import os
 import select
 import socket
-import tempfile
 import threading
 import time
 import unittest
@@ -15,7 +14,6 @@ from pathlib import Path
 import central_webhook_client as product
 from tests.support import (
     PATH,
-    PROGRAM,
     Receiver,
     central_headers,
     config_of,
@@ -24,21 +22,6 @@ from tests.support import (
     raw_request,
 )
 
-OWN_CODE = f"""
-import os, sys, time
-sys.path.insert(0, {str(PROGRAM.parent)!r})
-import central_webhook_client
-
-def wait_for_go(delivery):
-    if delivery.payload.get("leave"):
-        sys.exit(3)
-    open(delivery.delivery_id, "w").close()
-    while not os.path.exists("go"):
-        time.sleep(0.01)
-
-central_webhook_client.handle_alert = wait_for_go
-sys.exit(central_webhook_client.main())
-"""
 HEALTH = raw_request("GET", "/health", length=False)
 
 
@@ -52,42 +35,6 @@ def cpu_seconds(receiver):
     """Return the processor time that a receiver has used so far (proc(5): utime and stime)."""
     fields = Path(f"/proc/{receiver.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-class OwnCode(unittest.TestCase):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.program = Path(folder.name, "own.py")
-        self.program.write_text(OWN_CODE)
-
-    def test_it_runs_for_several_deliveries_at_once_and_holds_up_nothing_else(self):
-        with Receiver(config_of(), program=self.program) as receiver:
-            answers = []
-            threads = [
-                threading.Thread(target=lambda: answers.append(receiver.deliver().status))
-                for _ in range(5)
-            ]
-            for thread in threads:
-                thread.start()
-            deadline_poll(lambda: len(list(receiver.folder.glob("72d3162e-*"))) == 5)
-            self.assertEqual(receiver.request(HEALTH).status, 200)
-            self.assertEqual(receiver.deliver(token="another").status, 401)
-            self.assertEqual(answers, [])
-            (receiver.folder / "go").touch()
-            for thread in threads:
-                thread.join(10)
-            self.assertEqual(answers, [200] * 5)
-            self.assertEqual(len(receiver.wait_for_stdout(5)), 5)
-
-    def test_code_that_wants_to_end_the_program_refuses_its_delivery_each_time(self):
-        with Receiver(config_of(max_connections=3), program=self.program) as receiver:
-            body = new_body(leave=True)
-            headers = central_headers(body)
-            for _ in range(5):
-                self.assertEqual(receiver.post(body, headers).status, 503)
-            receiver.wait_for_log("handler: SystemExit")
-            self.assertFalse([line for line in receiver.stderr_lines if "in_progress" in line])
 
 
 class Stalls(unittest.TestCase):

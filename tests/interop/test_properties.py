@@ -22,9 +22,9 @@ from central_webhook_client import (
     RsaKey,
     SignatureError,
     escape_text,
-    parse_delivery_timestamp,
     parse_dictionary,
     parse_public_url,
+    parse_timestamp,
     read_config,
     verify_access_token,
     verify_message_signature,
@@ -271,32 +271,32 @@ class SignatureTest(unittest.TestCase):
     @given(
         st.dictionaries(st.sampled_from([name.lower() for name in central_headers(b"")]), any_text),
         st.binary(max_size=50),
-        st.lists(any_text.filter(bool).filter(lambda text: text.isprintable()), max_size=3),
+        any_text.filter(bool).filter(lambda text: text.isprintable()),
     )
     def test_no_random_classic_signature_is_accepted_or_raises_anything_else(
-        self, headers, body, tokens
+        self, headers, body, token
     ):
         with self.assertRaises(SignatureError):
-            verify_signature(body, headers, tokens)
+            verify_signature(body, headers, token)
 
     @QUICK
     @given(st.binary(max_size=50), st.integers(min_value=0), st.integers(1, 255))
     def test_one_changed_byte_of_the_body_or_the_signature_is_refused(self, body, place, change):
         headers = {name.lower(): value for name, value in central_headers(body).items()}
-        self.assertEqual(0, verify_signature(body, headers, ["webhook-secret-token"]))
+        self.assertIsNone(verify_signature(body, headers, "webhook-secret-token"))
         signature = bytearray(headers["x-central-signature"].encode())
         signature[place % len(signature)] ^= change
         with self.assertRaises(SignatureError):
             verify_signature(
                 body,
                 {**headers, "x-central-signature": signature.decode("latin-1")},
-                ["webhook-secret-token"],
+                "webhook-secret-token",
             )
         if body:
             changed = bytearray(body)
             changed[place % len(body)] ^= change
             with self.assertRaises(SignatureError):
-                verify_signature(bytes(changed), headers, ["webhook-secret-token"])
+                verify_signature(bytes(changed), headers, "webhook-secret-token")
 
     @QUICK
     @given(
@@ -408,7 +408,7 @@ class AccessTokenTest(unittest.TestCase):
 
 
 class TextTest(unittest.TestCase):
-    """parse_delivery_timestamp and escape_text."""
+    """parse_timestamp and escape_text."""
 
     TIME_PIECES = [
         "2016",
@@ -445,7 +445,7 @@ class TextTest(unittest.TestCase):
         )
     )
     def test_any_time_stamp_is_understood_or_none(self, text):
-        moment = parse_delivery_timestamp(text)
+        moment = parse_timestamp(text)
         self.assertIsInstance(moment, (float, type(None)))
         if moment is not None:
             self.assertTrue(-1e12 < moment < 1e12, moment)
@@ -458,14 +458,14 @@ class TextTest(unittest.TestCase):
             moment.isoformat().replace("+00:00", "Z"),
             moment.isoformat().replace("+00:00", ""),
         ):
-            self.assertAlmostEqual(moment.timestamp(), parse_delivery_timestamp(text), delta=2e-5)
+            self.assertAlmostEqual(moment.timestamp(), parse_timestamp(text), delta=2e-5)
 
     @QUICK
     @given(st.integers(-23 * 60 - 59, 23 * 60 + 59), st.integers(0, 4 * 10**9))
     def test_an_offset_moves_the_time_by_itself(self, minutes, moment):
         text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
         offset = f"{'-' if minutes < 0 else '+'}{abs(minutes) // 60:02}:{abs(minutes) % 60:02}"
-        self.assertEqual(moment - 60 * minutes, parse_delivery_timestamp(text + offset))
+        self.assertEqual(moment - 60 * minutes, parse_timestamp(text + offset))
 
     @QUICK
     @given(st.one_of(any_text, st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp"]))))
