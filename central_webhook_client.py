@@ -74,7 +74,17 @@ import urllib.request
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Union,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -91,6 +101,7 @@ STDOUT = 1  # file descriptors
 STDERR = 2
 JSON = "application/json"
 RESERVED_PATHS = ("/health", "/metrics")
+FIELD_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # what RFC 9110 section 5.6.2 calls a token
 
 MAX_REQUEST_LINE_BYTES = 8 * 1024  # nginx's own limit
 MAX_HEADER_BYTES = 64 * 1024
@@ -108,6 +119,7 @@ REJECTION_LINES_PER_SECOND = 10
 MAX_SIGNATURE_FIELD_BYTES = 8 * 1024  # Signature and Signature-Input, each
 MAX_LABELS = 4  # signatures tried in one Signature header
 MAX_COMPONENTS = 32  # covered by one of them
+THREAD_STACK_BYTES = 4 * 1024 * 1024  # parsing nested JSON recurses; Python 3.13 needs 1.5 MiB
 SAMPLE_SECONDS = 30.0  # for the answer to --send-sample
 PROVIDER_SECONDS = 5.0  # for the answer of an OIDC provider; twice that between two requests
 MAX_ANSWER_BYTES = 512 * 1024  # of a provider, or to a sample
@@ -173,6 +185,10 @@ class OutputError(Exception):
 
 class ConfigError(Exception):
     """The configuration is wrong; one argument for each error."""
+
+
+class StartError(Exception):
+    """The receiver cannot start; the message says why."""
 
 
 # ---- Verify a signature of classic Central: the part to copy --------------------------------
@@ -594,7 +610,7 @@ def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
     return parts, parts.hostname  # which urlsplit has made lower case
 
 
-def bracket(host: str) -> str:
+def format_host(host: str) -> str:
     """Write a host as it stands in a URL: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
@@ -605,7 +621,9 @@ def parse_public_url(url: str) -> PublicUrl:
     if not re.fullmatch(r"[\x21-\x7e]+", url) or "@" in parts.netloc or "#" in url:
         raise ValueError("expected an http or https URL in ASCII without user and fragment")
     default_port = {"http": 80, "https": 443}[parts.scheme]
-    authority = bracket(hostname) + ("" if parts.port in (None, default_port) else f":{parts.port}")
+    authority = format_host(hostname) + (
+        "" if parts.port in (None, default_port) else f":{parts.port}"
+    )
     target = url.partition("?")[0]
     targets = (target,) if parts.path else (target, target + "/")
     return PublicUrl(targets, parts.scheme, authority, parts.path or "/")
@@ -987,7 +1005,8 @@ class JwksClient:
         try:
             document = self.fetch(self.oidc.well_known_url)
             issuer, url = document.get("issuer"), str(document.get("jwks_uri"))
-            if not isinstance(issuer, str) or not is_provider_url(url):
+            parse_provider_url(url)
+            if not isinstance(issuer, str):
                 raise ValueError("the discovery document has no issuer, or no jwks_uri over https")
             keys = parse_rsa_keys(self.fetch(url))
             self.issuer, self.keys, self.answered = issuer, keys, time.monotonic()
@@ -998,7 +1017,7 @@ class JwksClient:
 
     def fetch(self, url: str) -> dict[str, Any]:
         """Fetch a JSON object."""
-        status, data = exchange("GET", url, {"Accept": JSON}, None, PROVIDER_SECONDS / 2)
+        status, data = http_request("GET", url, {"Accept": JSON}, None, PROVIDER_SECONDS / 2)
         if status != 200 or len(data) > MAX_ANSWER_BYTES:
             raise ValueError(
                 f"status {status} and {len(data)} bytes, expected 200 and at most {MAX_ANSWER_BYTES}"
@@ -1006,7 +1025,7 @@ class JwksClient:
         return parse_json_object(data)
 
 
-def exchange(
+def http_request(
     method: str, url: str, headers: Mapping[str, str], body: Optional[bytes], seconds: float
 ) -> tuple[int, bytes]:
     """Send a request; return status and body of the answer, of which it reads MAX_ANSWER_BYTES and one. No redirects.
@@ -1360,6 +1379,23 @@ class Entry:
         self.error = ""  # why it was not stored
 
 
+def open_log(path: str) -> int:
+    """Open a log for appending, and create it if it does not exist; return its descriptor.
+
+    Raises:
+        OutputError: it cannot be opened, or is not a regular file.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags, 0o640)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    except OSError as error:
+        raise OutputError(f"webclient_info.log_file: {path}: {error.strerror}") from None
+
+
 class LogFile:
     """The log of accepted deliveries. It is append-only: it never shrinks, no byte changes.
 
@@ -1374,13 +1410,9 @@ class LogFile:
             OutputError: it cannot be opened, is not a regular file, or is in use.
         """
         self.path = path
-        self.descriptor = -1
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        self.descriptor = open_log(path)
         try:
-            self.descriptor = os.open(path, flags, 0o640)
             status = os.fstat(self.descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
             if sys.platform != "win32":
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.line_end = b""
@@ -1392,7 +1424,7 @@ class LogFile:
             self.close()
             in_use = isinstance(error, BlockingIOError)
             reason = "another receiver writes to it" if in_use else error.strerror
-            raise OutputError(f"{path}: {reason}") from None
+            raise OutputError(f"webclient_info.log_file: {path}: {reason}") from None
         self.sync_folder()
         if self.line_end:
             log.warning("%s: ends with a half line, which the next write ends", path)
@@ -1724,18 +1756,21 @@ class RateLimit:
             return beyond
 
 
-# ---- Configuration ----------------------------------------------------------
+# ---- Configuration --------------------------------------------------------------------------
+
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 @dataclass(frozen=True)
 class Webhook:
-    """One configured sender, and what is remembered of it."""
+    """One configured sender."""
 
     name: str
     type: str
     path: Optional[str]  # None: any
-    tokens: tuple[str, ...]
-    replay_window_seconds: float
+    tokens: tuple[str, ...]  # all are valid
+    token_file: Optional[str]  # that they came from
+    replay_window_seconds: float  # 0: the age is not checked
     public_url: Optional[PublicUrl]
     api_key: Optional[ApiKey]
     oidc: Optional[Oidc]
@@ -1755,43 +1790,91 @@ class Config:
     webhooks: tuple[Webhook, ...]
 
 
-Network = Any
+class Option(NamedTuple):
+    """A key of the configuration. A default of REQUIRED means that the key must be there."""
+
+    expected: str
+    parse: Callable[[Any], Any]  # returns the value to use, or raises ValueError
+    default: Any = None
 
 
-def is_text(value: Any) -> bool:
-    """Tell whether `value` is a string, not empty, no white space around it, no control characters in it."""
-    return (
-        isinstance(value, str)
-        and bool(value)
-        and value == value.strip()
-        and not _UNSAFE.search(value)
-    )
+REQUIRED = object()
 
 
-def is_number(low: float, high: float, kind: Any = (int, float)) -> Callable[[Any], bool]:
-    """Make a test for numbers of a JSON file within bounds; true and false are none."""
-    return lambda value: (
-        isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
-    )
+def parse_text(value: Any) -> str:
+    """Accept a string that is not empty, without white space around it or control characters."""
+    if not isinstance(value, str) or value != value.strip() or not value or _UNSAFE.search(value):
+        raise ValueError
+    return value
 
 
-def is_port(value: Any) -> bool:
-    """Tell whether `value` is a port, as a number or as its digits."""
-    digits = isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value)
-    return is_number(0, 65535, int)(int(value) if digits else value)
+def parse_later(value: Any) -> Any:
+    """Accept everything: the caller parses it."""
+    return value
 
 
-def is_path(value: Any) -> bool:
-    """Tell whether `value` is the path of a request that is not one of our own."""
-    return (
-        isinstance(value, str)
-        and bool(re.fullmatch(r"/[!-\"$->@-~]*", value))
-        and value not in RESERVED_PATHS
-    )
+def matching(pattern: str) -> Callable[[Any], str]:
+    """Return a function that accepts strings that match a pattern."""
+
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or not re.compile(pattern).fullmatch(value):
+            raise ValueError
+        return value
+
+    return parse
+
+
+def number(low: float, high: float, types: Any = (int, float)) -> Callable[[Any], Any]:
+    """Return a function that accepts numbers within bounds; true and false are not numbers."""
+
+    def parse(value: Any) -> Any:
+        if not isinstance(value, types) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def parse_port(value: Any) -> Any:
+    """Accept a port, as a number or as its digits."""
+    is_digits = isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value)
+    return number(0, 65535, int)(int(value) if is_digits else value)
+
+
+def parse_host(value: Any) -> str:
+    """Accept an address, or a host name that resolves."""
+    host = parse_text(value)
+    try:
+        if not re.search(r"[/\[\]]|^[^:]*:[^:]*$", host):
+            socket.getaddrinfo(host, None)
+            return host
+    except (OSError, UnicodeError) as error:
+        raise ValueError(getattr(error, "strerror", None) or "not a host name") from None
+    raise ValueError("no scheme, brackets or port belong here")
+
+
+def parse_networks(value: Any) -> tuple[Network, ...]:
+    """Accept an array of addresses and networks."""
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError
+    return tuple(ipaddress.ip_network(text) for text in value)
+
+
+def parse_typed_url(value: Any) -> PublicUrl:
+    """Accept the URL that was typed into Central."""
+    return parse_public_url(parse_text(value))
+
+
+def parse_provider_url(value: Any) -> str:
+    """Accept an https URL, or an http URL of this machine."""
+    parts, host = split_url(parse_text(value))
+    if parts.scheme != "https" and not is_loopback(host):
+        raise ValueError
+    return str(value)
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address is this machine's own."""
+    """Return True if a host name or address is this machine's own."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -1799,316 +1882,381 @@ def is_loopback(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-def is_provider_url(value: Any) -> bool:
-    """Tell whether `value` is an https URL, or an http one of this machine."""
+def parse_token_path(value: Any) -> str:
+    """Accept the path of a file of tokens; `${VARIABLE}` is expanded."""
     try:
-        parts, host = split_url(value if isinstance(value, str) else "")
-    except ValueError:
-        return False
-    return parts.scheme == "https" or is_loopback(host)
+        return re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], parse_text(value))
+    except KeyError as error:
+        raise ValueError(f"the variable {error.args[0]} is not set") from None
 
 
-def is_present(value: Any) -> bool:
-    """Accept everything: code of its own checks it."""
-    return True
-
-
-class Key(NamedTuple):
-    """What a key of the configuration may hold, and its default; `...` stands for "required"."""
-
-    expected: str
-    accept: Callable[[Any], bool]
-    default: Any = None
-
-
-TEXT, FILE = Key("a string", is_text), Key("a path", is_text)
-OBJECT, SECRETS = Key("an object", is_present), Key("a string or an array of strings", is_present)
-TOP_KEYS = {
-    "webclient_info": OBJECT._replace(default={}),
-    "central_info": OBJECT._replace(default={}),
+PATH = r"a path (\\ stands for one backslash)"
+SECRETS = Option("a string or an array of strings", parse_later)
+OBJECT = Option("an object", parse_later)
+TOP_OPTIONS = {"webclient_info": OBJECT, "central_info": OBJECT}
+CENTRAL_OPTIONS = {"webhook": OBJECT}
+WEBCLIENT_OPTIONS = {
+    "host": Option("an address, or a host name that resolves", parse_host, REQUIRED),
+    "port": Option("a port from 0 to 65535", parse_port, REQUIRED),
+    "log_file": Option(PATH, parse_text),
+    "max_body_bytes": Option("a whole number from 1 to 2^30", number(1, 2**30, int), 1024 * 1024),
+    "request_timeout_seconds": Option("a number from 0.1 to 3600", number(0.1, 3600), 10),
+    "max_connections": Option("a whole number from 1 to 65535", number(1, 65535, int), 256),
+    "trusted_proxies": Option(
+        "an array of addresses and networks",
+        parse_networks,
+        parse_networks(["127.0.0.0/8", "::1"]),
+    ),
 }
-CENTRAL_KEYS = {"webhook": Key("an object or an array of objects", is_present, {})}
-WEBCLIENT_KEYS = {
-    "host": Key("an address to bind", is_text, ...),
-    "port": Key("a port from 0 to 65535", is_port, ...),
-    "log_file": FILE,
-    "max_body_bytes": Key("a whole number from 1 to 2^30", is_number(1, 2**30, int), 1 << 20),
-    "request_timeout_seconds": Key("a number from 0.1 to 3600", is_number(0.1, 3600), 10),
-    "max_connections": Key("a whole number from 1 to 65535", is_number(1, 65535, int), 256),
-}
-WEBHOOK_KEYS = {
-    "name": TEXT,
-    "type": Key("one of " + ", ".join(TYPES), lambda value: value in TYPES, "central"),
-    "path": Key("a path that begins with /, no query, not " + " or ".join(RESERVED_PATHS), is_path),
+WEBHOOK_OPTIONS = {
+    "name": Option("a string", parse_text),
+    "type": Option("one of " + ", ".join(TYPES), matching("|".join(TYPES)), "central"),
+    "path": Option("a path that begins with /, without query", matching(r"/[!-\"$->@-~]*")),
     "token": SECRETS,
-    "token_file": FILE,
-    "replay_window_hours": Key("a number from 0 to 87600", is_number(0, 87600), 48),
-    "public_url": Key("the URL as typed into Central", is_text),
+    "token_file": Option(PATH, parse_token_path),
+    "replay_window_hours": Option("a number from 0 to 87600", number(0, 87600), 48),
+    "public_url": Option("the URL as typed into Central", parse_typed_url),
     "api_key": OBJECT,
     "oidc": OBJECT,
 }
-API_KEY_KEYS = {
-    "header": Key(
-        "the name of a header",
-        lambda value: isinstance(value, str) and bool(re.compile(_NAME).fullmatch(value)),
-    ),
-    "field": Key("the name of a field", is_text),
+API_KEY_OPTIONS = {
+    "header": Option("the name of a header", matching(FIELD_NAME), ""),
+    "field": Option("the name of a field", parse_text, ""),
     "value": SECRETS,
 }
-OIDC_KEYS = {
-    "well_known_url": Key("an https URL (http only to this machine)", is_provider_url, ...),
-    "audience": TEXT,
-    "client_id": TEXT,
-    "issuer": TEXT,
+OIDC_OPTIONS = {
+    "well_known_url": Option("an https URL, or http on this machine", parse_provider_url, REQUIRED),
+    "audience": Option("a string", parse_text),
+    "client_id": Option("a string", parse_text),
+    "issuer": Option("a string", parse_text),
 }
-
-
-_PLACEHOLDER = re.compile(  # what templates and examples leave where a secret belongs
-    r"<.*>|\$\{.*\}|\$[a-z_]\w*|\{\{.*\}\}|%\w+%|(?:change|replace)[-_ ]?(?:me|this|it)|(?:your|my|the)[_ ].*[_ ]here"
-    r"|(?:insert|enter|put)[_ ].*[_ ]here|your[_ ](?:\w+[_ ])*(?:token|secret|key|password)|to-?do|fixme|x{3,}",
+_PLACEHOLDER = re.compile(  # what templates and examples have where a secret belongs
+    r"<.*>|\$\{.*\}|\$[a-z_]\w*|\{\{.*\}\}|%\w+%|to-?do|fixme|x{3,}"
+    r"|(?:change|replace)[-_ ]?(?:me|this|it)"
+    r"|(?:your|my|the|insert|enter|put)[_ ].*[_ ]here"
+    r"|your[_ ](?:\w+[_ ])*(?:token|secret|key|password)",
     re.IGNORECASE | re.ASCII,
 )
 
 
-class ConfigReader:
-    """Reads typed values out of a parsed configuration. A class because it gathers every mistake instead of raising."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder, self.has_secret = folder, False
-        self.mistakes: list[str] = []
-
-    def section(self, found: Any, where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
-        """Return the values of all `keys`, the default where one is missing, None where it is wrong."""
-        if not isinstance(found, dict):
-            self.mistakes.append(
-                f"{where or 'the file'}: expected an object, found {describe_value(found, True)}"
-            )
-            return dict.fromkeys(keys)
-        prefix = f"{where}." if where else ""
-        for name in found.keys() - keys.keys():
-            (nearest,) = difflib.get_close_matches(name, keys, 1, 0.0) or list(keys)[:1]
-            self.mistakes.append(
-                f"{prefix}{name}: unknown key, the nearest known one is {nearest!r}"
-            )
-        values = {}
-        for name, key in keys.items():
-            value = found.get(name, key.default)
-            if value is ... or name in found and not key.accept(value):
-                shown = "nothing" if value is ... else describe_value(value)
-                self.mistakes.append(f"{prefix}{name}: expected {key.expected}, found {shown}")
-                value = None
-            values[name] = value
-        return values
-
-    def secrets(self, found: Any, where: str) -> tuple[str, ...]:
-        """Check a secret or an array of secrets; the mistakes do not show them."""
-        values = found if isinstance(found, list) and found else [found]
-        for index, value in enumerate(values):
-            problem = ""
-            if not isinstance(value, str) or not value:
-                shown = "an empty one" if value == "" else describe_value(value, True)
-                problem = f"a string that is not empty, found {shown}"
-            elif value != value.strip():
-                problem = "no white space around it, found some"
-            elif _PLACEHOLDER.fullmatch(value):
-                problem = "the real value, found a placeholder"
-            elif re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
-                problem = "text, found a control character or a surrogate"
-            if problem:
-                self.mistakes.append(
-                    f"{where}{f'[{index}]' if found is values else ''}: expected {problem}"
-                )
-        return tuple(values)
-
-    def warn_if_readable(self, path: str) -> None:
-        """Warn if others than its owner can read a file with secrets."""
-        if os.name == "posix" and os.stat(path).st_mode & (stat.S_IRGRP | stat.S_IROTH):
-            log.warning(f"{path}: holds a secret, but group or others can read it (chmod 600)")
-
-    def tokens(self, read: dict[str, Any], given: Mapping[str, Any], where: str) -> tuple[str, ...]:
-        """Return the tokens, from the configuration or from a file, one a line; ${VARIABLE} in its path is expanded."""
-        if ("token" in given) == ("token_file" in given):
-            both = "both" if "token" in given else "neither"
-            self.mistakes.append(
-                f"{where}.token: expected one of token and token_file, found {both}"
-            )
-            return ()
-        if "token" in given:
-            return self.secrets(given["token"], f"{where}.token")
-        where, path = f"{where}.token_file", read["token_file"]
-        if path is None:  # a mistake that has been named
-            return ()
-        unset = [name for name in re.findall(r"\$\{(\w+)\}", path) if name not in os.environ]
-        if unset:
-            self.mistakes.append(
-                f"{where}: expected a path, found {path}: the variable {unset[0]} is not set"
-            )
-            return ()
-        path = re.sub(r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), path)
-        path = os.path.join(self.folder, path)
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                lines = [line for line in file.read(1 << 20).split("\n") if line and line[0] != "#"]
-            self.warn_if_readable(path)
-            return self.secrets(lines or "", where)
-        except (OSError, ValueError) as error:
-            self.mistakes.append(
-                f"{where}: {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
-            )
-        return ()
-
-    def api_key(self, given: Any, where: str) -> ApiKey:
-        """Read an API key."""
-        keys = self.section(given, where, API_KEY_KEYS)
-        values: tuple[str, ...] = ()
-        if isinstance(given, dict):
-            values = self.secrets(keys["value"], f"{where}.value")
-            if ("header" in given) == ("field" in given):
-                self.mistakes.append(f"{where}: expected one of header and field")
-        return ApiKey(str(keys["header"] or "").lower(), keys["field"] or "", values)
-
-    def webhook(self, found: Any, where: str, several: bool) -> Webhook:
-        """Read one webhook."""
-        read, mistakes = self.section(found, where, WEBHOOK_KEYS), self.mistakes
-        kind, given = read["type"], found if isinstance(found, dict) else {}
-        if several and "name" not in given:
-            mistakes.append(
-                f"{where}.name: expected a string, found nothing: several webhooks need names"
-            )
-        tokens = self.tokens(read, given, where)
-        self.has_secret = self.has_secret or "token" in given or "api_key" in given
-        url = api_key = provider = None
-        if (kind == "new-central") != ("public_url" in given):
-            mistakes.append(f"{where}.public_url: expected with type new-central, and only there")
-        elif read["public_url"]:
-            try:
-                url = parse_public_url(read["public_url"])
-            except ValueError as error:
-                mistakes.append(
-                    f"{where}.public_url: {error}, found {describe_value(read['public_url'])}"
-                )
-        if "api_key" in given:
-            api_key = self.api_key(given["api_key"], f"{where}.api_key")
-        if "oidc" in given:
-            provider = Oidc(**self.section(given["oidc"], f"{where}.oidc", OIDC_KEYS))
-            if not (provider.audience or provider.client_id):
-                mistakes.append(
-                    f"{where}.oidc: expected audience or client_id or both, found neither"
-                )
-        scheme = HEADER_SIGNATURES.get(kind)
-        demanded = [scheme.header] if scheme else ["signature", "signature-input"]
-        if kind == "central":
-            names = ("signature", "service", "delivery-id", "delivery-timestamp")
-            demanded = [f"x-central-{name}" for name in names]
-        demanded += ["authorization"] if provider else []
-        demanded += [api_key.header] if api_key and api_key.header else []
-        for header in find_repeated(demanded):
-            mistakes.append(f"{where}: two demands on the header {header}, which can hold only one")
-        window = (
-            (read["replay_window_hours"] or 0) * 3600 if kind in ("central", "new-central") else 0
-        )
-        path = read["path"] or (url.path if url else None)
-        if path in RESERVED_PATHS:
-            mistakes.append(
-                f"{where}.path: expected with this public_url, since {path} is the receiver's own"
-            )
-        return Webhook(read["name"] or kind, kind, path, tokens, window, url, api_key, provider)
-
-
-def describe_value(value: Any, secret: bool = False) -> str:
+def describe_value(value: Any, is_secret: bool = False) -> str:
     """Say what was found: a plain value as JSON, of others and of secrets only the type."""
-    if not secret and not isinstance(value, (dict, list)):
+    if not is_secret and isinstance(value, (str, int, float)):
         return escape_text(json.dumps(value))[:100]
-    kinds = {
+    names = {
         dict: "an object",
         list: "an array",
         str: "a string",
         bool: "a boolean",
-        type(None): "nothing",
+        int: "a number",
     }
-    return kinds.get(type(value), "a number")
+    shown = "nothing" if value is None else names.get(type(value), "a number")
+    return f"{shown} that is empty" if value in ("", [], {}) else shown
 
 
-def read_config(text: bytes, path: str = "") -> Config:
-    """Parse and check the configuration that `path` holds: relative paths are relative to it. Reads token files.
+def load_object(
+    found: Any, where: str, options: Mapping[str, Option], errors: list[str]
+) -> dict[str, Any]:
+    """Return the value of each option: as parsed, the default if it is missing, None if wrong.
+
+    `where` names the object in what is added to `errors`. The result is empty if `found` is not an
+    object.
+    """
+    if not isinstance(found, dict):
+        shown = describe_value(found, True)
+        errors.append(f"{where or 'the file'}: expected an object, found {shown}")
+        return {}
+    prefix = f"{where}." if where else ""
+    for name in sorted(found.keys() - options.keys()):
+        nearest = difflib.get_close_matches(name, options, 1, 0.0) or list(options)
+        errors.append(f"{prefix}{name}: unknown key, the nearest known one is {nearest[0]!r}")
+    values = {}
+    for name, option in options.items():
+        value = option.default
+        if name in found or value is REQUIRED:
+            try:
+                value = option.parse(found.get(name))
+            except ValueError as error:
+                value = None
+                shown = describe_value(found.get(name))
+                detail = f": {error}" if str(error) else ""
+                errors.append(f"{prefix}{name}: expected {option.expected}, found {shown}{detail}")
+        values[name] = value
+    return values
+
+
+def load_secrets(found: Any, where: str, errors: list[str]) -> tuple[str, ...]:
+    """Check a secret or an array of secrets; no error shows one."""
+    is_array = isinstance(found, list) and bool(found)
+    secrets = found if is_array else [found]
+    for index, secret in enumerate(secrets):
+        expected = ""
+        if not isinstance(secret, str) or not secret:
+            expected = f"a string that is not empty, found {describe_value(secret, True)}"
+        elif secret != secret.strip():
+            expected = "no white space around it, found some"
+        elif _PLACEHOLDER.fullmatch(secret):
+            expected = "the real value, found a placeholder"
+        elif re.search("[\x00-\x1f\x7f\ud800-\udfff]", secret):
+            expected = "text, found a control character or a surrogate"
+        if expected:
+            errors.append(f"{where}{f'[{index}]' if is_array else ''}: expected {expected}")
+    return tuple(secrets)
+
+
+def load_tokens(path: str, where: str, errors: list[str]) -> tuple[str, ...]:
+    """Load the tokens of a file, one a line; a line that begins with # is a comment."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read(1024 * 1024).split("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        errors.append(f"{where}: expected a file of tokens, found {path}: {reason}")
+        return ()
+    tokens = [line for line in lines if line and not line.startswith("#")]
+    return load_secrets(tokens or "", where, errors)
+
+
+def load_api_key(found: Any, where: str, errors: list[str]) -> Optional[ApiKey]:
+    """Load the object `api_key` of a webhook."""
+    values = load_object(found, where, API_KEY_OPTIONS, errors)
+    if not values:
+        return None
+    if ("header" in found) == ("field" in found):
+        errors.append(f"{where}: expected header or field, and not both")
+    secrets = load_secrets(values["value"], f"{where}.value", errors)
+    return ApiKey((values["header"] or "").lower(), values["field"] or "", secrets)
+
+
+def load_oidc(found: Any, where: str, errors: list[str]) -> Optional[Oidc]:
+    """Load the object `oidc` of a webhook."""
+    values = load_object(found, where, OIDC_OPTIONS, errors)
+    if not values:
+        return None
+    if "audience" not in found and "client_id" not in found:
+        errors.append(f"{where}: expected audience or client_id or both, found neither")
+    return Oidc(**values)
+
+
+def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Optional[Webhook]:
+    """Load one webhook; a relative `token_file` is relative to `folder`."""
+    values = load_object(found, where, WEBHOOK_OPTIONS, errors)
+    if not values:
+        return None
+    tokens: tuple[str, ...] = ()
+    token_file = None
+    if ("token" in found) == ("token_file" in found):
+        errors.append(f"{where}.token: expected token or token_file, and not both")
+    elif "token" in found:
+        tokens = load_secrets(found["token"], f"{where}.token", errors)
+    elif values["token_file"]:
+        token_file = os.path.join(folder, values["token_file"])
+        tokens = load_tokens(token_file, f"{where}.token_file", errors)
+    webhook_type = values["type"]
+    public_url = values["public_url"]
+    if webhook_type and (webhook_type == "new-central") != ("public_url" in found):
+        errors.append(f"{where}.public_url: expected with type new-central, and only there")
+    path = values["path"] or (public_url.path if public_url else None)
+    if path in RESERVED_PATHS:
+        reserved = " and ".join(RESERVED_PATHS)
+        errors.append(
+            f"{where}.path: expected another path than {reserved}, found {json.dumps(path)}"
+        )
+    has_time = webhook_type in SENT_AT_HEADERS
+    webhook = Webhook(
+        name=values["name"] or webhook_type,
+        type=webhook_type,
+        path=path,
+        tokens=tokens,
+        token_file=token_file,
+        replay_window_seconds=(values["replay_window_hours"] or 0) * 3600 if has_time else 0,
+        public_url=public_url,
+        api_key=load_api_key(found["api_key"], f"{where}.api_key", errors)
+        if "api_key" in found
+        else None,
+        oidc=load_oidc(found["oidc"], f"{where}.oidc", errors) if "oidc" in found else None,
+    )
+    for header in find_repeated(demanded_headers(webhook)):
+        errors.append(f"{where}: expected one demand for each header, found two on {header}")
+    return webhook
+
+
+def demanded_headers(webhook: Webhook) -> list[str]:
+    """Return the headers in which a webhook expects a proof of its sender."""
+    headers = ["signature", "signature-input"]
+    if webhook.type in HEADER_SIGNATURES:
+        headers = [HEADER_SIGNATURES[webhook.type].header]
+    elif webhook.type == "central":
+        names = ("signature", "service", "delivery-id", "delivery-timestamp")
+        headers = [f"x-central-{name}" for name in names]
+    if webhook.oidc:
+        headers.append("authorization")
+    if webhook.api_key and webhook.api_key.header:
+        headers.append(webhook.api_key.header)
+    return headers
+
+
+def load_webhooks(found: Any, folder: str, errors: list[str]) -> tuple[Webhook, ...]:
+    """Load the webhooks: one object, or an array of objects that can be told apart."""
+    where = "central_info.webhook"
+    if isinstance(found, dict):
+        webhook = load_webhook(found, where, folder, errors)
+        return (webhook,) if webhook else ()
+    if not isinstance(found, list) or not found:
+        shown = describe_value(found, True)
+        errors.append(f"{where}: expected an object or an array of objects, found {shown}")
+        return ()
+    webhooks: list[Webhook] = []  # those without errors
+    names = []
+    for index, item in enumerate(found):
+        count = len(errors)
+        webhook = load_webhook(item, f"{where}[{index}]", folder, errors)
+        if not webhook:
+            continue
+        names.append(webhook.name)
+        if len(found) > 1 and "name" not in item:
+            errors.append(f"{where}[{index}].name: expected a string: several webhooks need names")
+        if len(errors) > count:
+            continue
+        for other in webhooks:
+            is_same_path = None in (webhook.path, other.path) or webhook.path == other.path
+            has_same_token = not set(webhook.tokens).isdisjoint(other.tokens)
+            if webhook.type == other.type and is_same_path and has_same_token:
+                shown = json.dumps(other.name)
+                errors.append(f"{where}[{index}]: expected another path or token than {shown} has")
+        webhooks.append(webhook)
+    for name in find_repeated(name for name in names if name):
+        errors.append(f"{where}: expected different names, found {json.dumps(name)} repeated")
+    return tuple(webhooks)
+
+
+def read_config(data: bytes, folder: str = "") -> Config:
+    """Read a configuration, and the token files that it names, relative to `folder`.
 
     Raises:
-        ConfigError: one argument for each mistake.
+        ConfigError: one argument for each error.
     """
-    reader = ConfigReader(os.path.dirname(path))
+    parsed, repeated = parse_config_json(data)
+    errors = [f"{name}: the key is repeated" for name in repeated]
+    top = load_object(parsed, "", TOP_OPTIONS, errors)
+    if not top:
+        raise ConfigError(*errors)
+    webclient = load_object(top["webclient_info"], "webclient_info", WEBCLIENT_OPTIONS, errors)
+    central = load_object(top["central_info"], "central_info", CENTRAL_OPTIONS, errors)
+    webhooks = load_webhooks(central["webhook"], folder, errors) if central else ()
+    if errors:
+        raise ConfigError(*errors)
+    if webclient["log_file"]:
+        webclient["log_file"] = os.path.join(folder, webclient["log_file"])
+    return Config(**webclient, webhooks=webhooks)
+
+
+def parse_config_json(data: bytes) -> tuple[Any, list[str]]:
+    """Parse JSON as `parse_json` does, with errors in the operator's terms.
+
+    Raises:
+        ConfigError: the data is not JSON in UTF-8.
+    """
+    if b"\0" in data:
+        raise ConfigError("expected UTF-8, found UTF-16: save the file as UTF-8")
     try:
-        parsed, twice = parse_json(text.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
+        return parse_json(text)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"line {line}: not UTF-8: save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"line {error.lineno} column {error.colno}: not JSON: {error.msg}"
-        ) from None
+        raise ConfigError(diagnose_json(text, error)) from None
     except ValueError as error:
-        raise ConfigError(f"not JSON in UTF-8: {error}") from None
-    reader.mistakes.extend(f"{name}: the key occurs twice" for name in twice)
-    top = reader.section(parsed, "", TOP_KEYS)
-    web = reader.section(top["webclient_info"], "webclient_info", WEBCLIENT_KEYS)
-    found, where = (
-        reader.section(top["central_info"], "central_info", CENTRAL_KEYS)["webhook"],
-        "central_info.webhook",
-    )
-    if isinstance(found, list) and found:
-        webhooks = [
-            reader.webhook(one, f"{where}[{index}]", len(found) > 1)
-            for index, one in enumerate(found)
-        ]
-    else:
-        webhooks = [reader.webhook(found, where, False)]
-    for name in find_repeated(webhook.name for webhook in webhooks if webhook.name):
-        reader.mistakes.append(
-            f"{where}: expected a different name for each, found {json.dumps(name)} twice"
-        )
-    if reader.has_secret and path:
-        reader.warn_if_readable(path)
-    if reader.mistakes:
-        raise ConfigError(*reader.mistakes)
-    web["port"], web["log_file"] = (
-        int(web["port"]),
-        web["log_file"] and os.path.join(reader.folder, web["log_file"]),
-    )
-    proxies = tuple(ipaddress.ip_network(n) for n in ("127.0.0.0/8", "::1"))
-    return Config(**web, trusted_proxies=proxies, webhooks=tuple(webhooks))
+        raise ConfigError(f"not JSON: {error}") from None
+
+
+_JSON_ERRORS = {  # of the json module, and what they mean to a person who edits a file
+    "Expecting value": "expected a value",
+    "Expecting ',' delimiter": "expected a comma",
+    "Expecting ':' delimiter": "expected a colon",
+    "Expecting property name enclosed in double quotes": "expected a key in double quotes",
+    "Invalid control character at": "a line end or tab in a string: is a closing quote missing?",
+    "Unterminated string starting at": "a string without a closing quote",
+    "Extra data": "text after the end of the configuration",
+}
+
+
+def diagnose_json(text: str, error: json.JSONDecodeError) -> str:
+    """Say where a text is not JSON, and which common mistake it is."""
+    position = error.pos
+    found = text[position : position + 1]
+    before = text[:position].rstrip()
+    line = text[text.rfind("\n", 0, position) + 1 :].partition("\n")[0]
+    problem = _JSON_ERRORS.get(error.msg, error.msg)
+    if "trailing comma" in error.msg or (found in ("}", "]") and before.endswith(",")):
+        position = max(text.rfind(",", 0, position + 1), 0)
+        problem = "a comma after the last entry"
+    elif found in ("/", "#"):
+        problem = "a comment, which JSON does not have"
+    elif found == "'":
+        problem = "single quotes, where JSON has double quotes"
+    elif "escape" in error.msg:
+        problem = r"a single backslash: write \\ or, in a path, /"
+    elif not found:
+        problem = "the file ends too early: is a closing } or ] missing?"
+    elif found.isspace() and found not in "\r\n\t ":
+        problem = f"a space that JSON does not have (U+{ord(found):04X}), perhaps a no-break space"
+    elif re.search("[\u2018-\u201f\u00ab\u00bb]", line):
+        problem = "typographic quotes, where JSON has plain double quotes"
+    number = text.count("\n", 0, position) + 1
+    column = position - text.rfind("\n", 0, position)
+    return f"line {number} column {column}: not JSON: {problem}"
 
 
 def load_config(path: str) -> Config:
-    """Read and check a configuration file. Raises ConfigError."""
+    """Load a configuration file, and warn about files with secrets that others can read.
+
+    Raises:
+        ConfigError: one argument for each error.
+    """
     try:
         with open(path, "rb") as file:
-            return read_config(file.read(), path)
+            data = file.read()
+        config = read_config(data, os.path.dirname(path))
+        secret_files = {webhook.token_file or path for webhook in config.webhooks}
+        secret_files.update(path for webhook in config.webhooks if webhook.api_key)
+        for name in sorted(secret_files):
+            warn_if_readable(name)
+        return config
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
 
 
+def warn_if_readable(path: str) -> None:
+    """Warn if others than its owner can read a file with secrets.
+
+    Not below the folders of systemd and of containers: the operator does not set permissions there.
+    """
+    if os.name != "posix" or not os.stat(path).st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        return
+    real_path = os.path.realpath(path)
+    for folder in ("/run/secrets", os.environ.get("CREDENTIALS_DIRECTORY")):
+        if folder and real_path.startswith(os.path.realpath(folder) + os.sep):
+            return
+    log.warning("%s: holds a secret, but group or others can read it (chmod 600)", path)
+
+
 def describe_webhook(webhook: Webhook) -> str:
     """Say in one line what a webhook demands of its sender, and what that does not protect."""
-    scheme = HEADER_SIGNATURES.get(webhook.type)
-    header = "signature, signature-input"
-    signed = "method, URL and time"
-    if scheme:
-        header = scheme.header
-        signed = "body"
-    elif webhook.type == "central":
-        header = "x-central-signature"
-        signed = "body + x-central-service + x-central-delivery-id + x-central-delivery-timestamp"
-    demands = [f"{header} (HMAC-SHA256 over {signed})"]
-    if webhook.api_key:
-        api_key = webhook.api_key
-        place = f"header {api_key.header}" if api_key.header else f"field {api_key.field}"
-        demands.append(f"API key in {place}")
-    if webhook.oidc:
-        demands.append(f"OIDC access token by {webhook.oidc.well_known_url}")
+    demands = demanded_headers(webhook)
+    if webhook.api_key and webhook.api_key.field:
+        demands.append(f"the field {webhook.api_key.field}")
     hours = webhook.replay_window_seconds / 3600
+    protection = "body protected"
+    if webhook.public_url:
+        protection = "BODY NOT PROTECTED, unless the sender covers content-digest"
     parts = [
-        f"{webhook.name}: {webhook.type} at {webhook.path or 'any path'}: {', '.join(demands)}",
+        f"{webhook.name}: {webhook.type} at {webhook.path or 'any path'}",
+        f"demands {', '.join(demands)}",
         f"tokens: {len(webhook.tokens)}",
         f"at most {hours:g} h old" if hours else "of any age",
-        "BODY NOT PROTECTED, unless the sender covers content-digest"
-        if webhook.public_url
-        else "body protected",
+        protection,
         "duplicates are not detected" if webhook.type in NO_DEDUP else "duplicates are detected",
     ]
     return "; ".join(parts)
@@ -2250,15 +2398,14 @@ def diagnose(request: Request, webhooks: Sequence[ActiveWebhook], now: float) ->
 
 # ---- HTTP parsing ---------------------------------------------------------------------------
 
-_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # a token of RFC 9110 section 5.6.2
-_REQUEST_LINE = re.compile(rf"({_NAME}) ([!-~]+) HTTP/([0-9]\.[0-9])\r\n".encode())
-_FIELD = re.compile(rf"^({_NAME}):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
+_REQUEST_LINE = re.compile(rf"({FIELD_NAME}) ([!-~]+) HTTP/([0-9]\.[0-9])\r\n".encode())
+_FIELD = re.compile(rf"^({FIELD_NAME}):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _HOST = re.compile(
     r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?"  # RFC 9110 section 7.2
 )
 _ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://([^/?#]+)/?((?<=/).*|\?.*)?")
 _CHUNK_EXTENSION = (
-    rf'[ \t]*;[ \t]*{_NAME}(?:[ \t]*=[ \t]*(?:{_NAME}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
+    rf'[ \t]*;[ \t]*{FIELD_NAME}(?:[ \t]*=[ \t]*(?:{FIELD_NAME}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
 )
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*\r\n".encode())
 
@@ -2717,13 +2864,23 @@ def parse_forwarded_address(text: str) -> str:
 
 
 def listen_on(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises OSError if the address cannot be bound."""
+    """Return a listening socket.
+
+    Raises:
+        StartError: the address cannot be bound.
+    """
     if host == "localhost":
         host = "127.0.0.1"
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    # "::" stands for IPv4 as well
-    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-    return socket.create_server(address, family=family, backlog=LISTEN_QUEUE, dualstack_ipv6=both)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" is IPv4 as well
+        return socket.create_server(
+            address, family=family, backlog=LISTEN_QUEUE, dualstack_ipv6=both
+        )
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]  # it repeats the address
+        where = "webclient_info.port" if port else "webclient_info.host"
+        raise StartError(f"{where}: {host} port {port}: {reason}") from None
 
 
 class WebhookServer(ThreadingHTTPServer):
@@ -3033,17 +3190,17 @@ def inherited_socket() -> Optional[socket.socket]:
     """Return the listening socket that systemd has passed (sd_listen_fds(3)), None without one.
 
     Raises:
-        OSError: there is more than one, or it does not listen.
+        StartError: there is more than one, or it does not listen.
     """
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or count in ("", "0"):
         return None
     if count != "1":
-        advice = "expected one: use a single ListenStream= line"
-        raise OSError(errno.EINVAL, f"LISTEN_FDS: {count} inherited sockets, {advice}")
+        advice = "use a single ListenStream= line"
+        raise StartError(f"LISTEN_FDS: expected one inherited socket, found {count}: {advice}")
     inherited = socket.socket(fileno=3)
     if not inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise OSError(errno.EINVAL, "LISTEN_FDS: the inherited socket does not listen")
+        raise StartError("LISTEN_FDS: the inherited socket does not listen")
     return inherited
 
 
@@ -3109,25 +3266,40 @@ def stay_on_one_processor() -> None:
             os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
 
 
-# ---- Command line -----------------------------------------------------------
+# ---- Command line ---------------------------------------------------------------------------
 
-SAMPLES = """{
+SAMPLE = {"type": "sample", "text": "This is a sample, sent with --send-sample"}
+SAMPLES: dict[
+    str, dict[str, Any]
+] = {  # of these senders more is documented; times are added when a sample is signed
     "central": {
-        "id": "AWsample0001", "nid": 4, "alert_type": "AP disconnected", "state": "Open", "severity": "Critical",
-        "setting_id": "sample-customer-4", "description": "AP sample-ap-1 disconnected", "device_id": "CNSAMPLE01",
+        "id": "AWsample0001",
+        "nid": 4,
+        "alert_type": "AP disconnected",
+        "state": "Open",
+        "severity": "Critical",
+        "setting_id": "sample-customer-4",
+        "description": "AP sample-ap-1 disconnected",
+        "device_id": "CNSAMPLE01",
         "details": {"hostname": "sample-ap-1", "serial": "CNSAMPLE01", "site": "Sample site"},
-        "operation": "create", "text": "This is a sample, sent with --send-sample", "webhook": "sample"
+        "operation": "create",
+        "text": SAMPLE["text"],
+        "webhook": "sample",
     },
     "new-central": {
-        "id": "sample-event", "alertId": "sample-alert", "name": "AP Down", "category": "Availability",
-        "deviceType": "ACCESS_POINT", "severity": "Critical", "operation": "Add", "state": "Active", "siteId": "1",
-        "summary": "This is a sample, sent with --send-sample"
+        "id": "sample-event",
+        "alertId": "sample-alert",
+        "name": "AP Down",
+        "category": "Availability",
+        "deviceType": "ACCESS_POINT",
+        "severity": "Critical",
+        "operation": "Add",
+        "state": "Active",
+        "siteId": "1",
+        "summary": SAMPLE["text"],
     },
-    "ip-fabric": {"type": "snapshot", "action": "discover", "status": "completed", "requester": "sample", "test": true},
-    "mist": {"topic": "alarms", "events": [{"type": "device_down", "site_id": "sample-site", "severity": "critical"}]},
-    "bracken": {"event": "Module_Complete", "username": "sample-user"},
-    "entrupy": {"event": "session.completed", "id": "sample"}
-}"""  # shaped like what the vendors document; times are added when sent
+    "mist": {"topic": "alarms", "events": [{"type": "device_down", "site_id": "sample-site"}]},
+}
 
 
 def sign_sample(
@@ -3135,7 +3307,7 @@ def sign_sample(
 ) -> tuple[dict[str, str], bytes]:
     """Return the headers and the body of a sample alert, signed with the first token."""
     times = {"timestamp": int(now), "time": format_utc(now)}
-    payload = {**json.loads(SAMPLES)[webhook.type], **times, "sample": number}
+    payload = {**SAMPLES.get(webhook.type, SAMPLE), **times, "sample": number}
     headers = {"content-type": JSON, "date": email.utils.formatdate(now, usegmt=True)}
     if webhook.api_key and webhook.api_key.header:
         headers[webhook.api_key.header] = webhook.api_key.values[0]
@@ -3169,78 +3341,85 @@ def sign_sample(
 
 def send_sample(config: Config, url: str, name: Optional[str], header_lines: Sequence[str]) -> int:
     """Send a signed sample to `url` ("": the configured address) and print what comes back."""
-    matching = [webhook for webhook in config.webhooks if name in (None, webhook.name)]
-    if len(matching) != 1:
-        return fail(
-            "--webhook: expected one of " + ", ".join(webhook.name for webhook in config.webhooks),
-            EX_USAGE,
-        )
+    matches = [webhook for webhook in config.webhooks if name in (None, webhook.name)]
+    if len(matches) != 1:
+        names = ", ".join(webhook.name for webhook in config.webhooks)
+        return fail(f"--webhook: expected one of {names}", EX_USAGE)
+    webhook = matches[0]
     if not url and not config.port:
-        return fail("--send-sample: port 0 is any free port, so give the URL", EX_USAGE)
+        return fail("--send-sample: expected a URL, since port 0 is any free port", EX_USAGE)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    url = url or f"http://{bracket(host)}:{config.port}{matching[0].path or '/centralwebhook'}"
-    headers, body = sign_sample(matching[0], url.partition("?")[2] or None, 1, time.time())
+    url = url or f"http://{format_host(host)}:{config.port}{webhook.path or '/centralwebhook'}"
+    headers, body = sign_sample(webhook, url.partition("?")[2] or None, 1, time.time())
     for line in header_lines:
-        name_part, colon, value = line.partition(":")
-        if not colon or not re.compile(_NAME).fullmatch(name_part) or _UNSAFE.search(value):
+        field_name, colon, value = line.partition(":")
+        if not colon or not re.fullmatch(FIELD_NAME, field_name) or _UNSAFE.search(value):
             return fail("--header: expected 'Name: value'", EX_USAGE)
-        headers[name_part.lower()] = value.strip()
+        headers[field_name.lower()] = value.strip()
     started = time.monotonic()
     try:
-        status, data = exchange("POST", url, headers, body, SAMPLE_SECONDS)
+        status, data = http_request("POST", url, headers, body, SAMPLE_SECONDS)
     except (OSError, ValueError, http.client.HTTPException) as error:
         return fail(f"{url}: {error or type(error).__name__}", EX_CANNOT_SERVE)
+    milliseconds = 1000 * (time.monotonic() - started)
     answer = escape_text(data[:500].decode(errors="replace").strip())
-    print(f"{status} {answer} {1000 * (time.monotonic() - started):.0f} ms")
+    print(f"{status} {answer} {milliseconds:.0f} ms")
     return 0 if status == 200 else EX_CANNOT_SERVE
 
 
 def run_demo(render: Callable[[Delivery], str]) -> int:
     """Start a receiver on a free port, send it signed samples and a forged one, show the answers."""
-    settings = b"""{
+    settings = {
         "webclient_info": {"host": "localhost", "port": 0},
-        "central_info": {"webhook": {"name": "demo", "token": "%b"}}
-    }"""
-    config = read_config(settings % base64.b64encode(os.urandom(15)))
+        "central_info": {"webhook": {"name": "demo", "token": os.urandom(15).hex()}},
+    }
+    config = read_config(json.dumps(settings).encode())
     output = Output(None, config.request_timeout_seconds, render)
     server = WebhookServer(config, output, listen_on(config.host, config.port))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/centralwebhook"
     print_error(f"a receiver with a throw-away token listens on {url}")
-    passed = True
+    has_failed = False
     for number in range(1, 5):
         headers, body = sign_sample(config.webhooks[0], None, number, time.time())
-        kind = f"signed alert {number}"
+        title = f"signed alert {number}"
         expected = 200
         if number == 4:
-            kind = "forged alert, one word of its body changed"
+            title = "forged alert, one word of its body changed"
             expected = 401
             body = body.replace(b"Critical", b"Harmless")
-        status, data = exchange("POST", url, headers, body, SAMPLE_SECONDS)
+        status, data = http_request("POST", url, headers, body, SAMPLE_SECONDS)
         flush_log()
-        print_error(f"{kind}: {status} {data.decode()}")
-        passed = passed and status == expected
-    return 0 if passed else EX_CANNOT_SERVE
+        print_error(f"{title}: {status} {data.decode()}")
+        has_failed = has_failed or status != expected
+    return EX_CANNOT_SERVE if has_failed else 0
 
 
 def check_config(config: Config) -> int:
-    """Say what each webhook demands, and whether the log can be written."""
-    print(
-        *[ascii(describe_webhook(webhook))[1:-1] for webhook in config.webhooks],
-        sep="\n",
-        flush=True,
-    )
-    path = config.log_file or os.devnull
-    is_writable = os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK)
-    return (
-        0
-        if is_writable and not os.path.isdir(path)
-        else fail(f"{path}: cannot be written", EX_CANNOT_SERVE)
-    )
+    """Say what a start would do, and check that it could, short of taking the port.
+
+    Raises:
+        OutputError, StartError: it could not.
+    """
+    lines = [f"listens on {config.host} port {config.port}"]
+    if config.log_file:
+        lines.append(f"log_file: {config.log_file}")
+    else:
+        lines.append("no log_file: a 200 is only as safe as what reads stdout")
+    lines.extend(describe_webhook(webhook) for webhook in config.webhooks)
+    print(*[line.encode("ascii", "backslashreplace").decode() for line in lines], sep="\n")
+    check_handle_alert()
+    listen_on(config.host, 0).close()
+    if config.log_file:
+        is_new = not os.path.lexists(config.log_file)
+        os.close(open_log(config.log_file))
+        if is_new:
+            os.unlink(config.log_file)
+    return 0
 
 
 def fail(message: str, code: int) -> int:
-    """Say in one line why the program ends, after what was logged before, and return its exit code."""
+    """Say in one line why the program ends, after what was logged before; return its exit code."""
     flush_log()
     print_error(f"{PROGRAM}: error: {escape_text(message)}")
     return code
@@ -3249,16 +3428,24 @@ def fail(message: str, code: int) -> int:
 def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line; exits with 2 on wrong usage."""
     parser = argparse.ArgumentParser(
-        PROGRAM, description="Receive, verify and hand on alerts of Aruba Central."
+        PROGRAM, description="Receive webhook alerts of Aruba Central, verify and store them."
     )
-    add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
+    add = parser.add_argument
     add("-i", "--input", metavar="FILE", help="the configuration, see input_info.json.example")
-    mode.add_argument(
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
         "-t", "--check-config", action="store_true", help="check the configuration and exit"
     )
-    sample = "send a signed sample alert to URL (default: the configured address) and exit"
-    mode.add_argument("--send-sample", nargs="?", const="", metavar="URL", help=sample)
-    mode.add_argument("--demo", action="store_true", help="show it at work; needs no configuration")
+    modes.add_argument(
+        "--send-sample",
+        nargs="?",
+        const="",
+        metavar="URL",
+        help="send a signed sample alert to URL (default: the configured address) and exit",
+    )
+    modes.add_argument(
+        "--demo", action="store_true", help="show the receiver at work; needs no configuration"
+    )
     add("--webhook", metavar="NAME", help="with --send-sample: which of several webhooks")
     add(
         "--header",
@@ -3271,15 +3458,15 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         "--format",
         choices=("auto", "pretty", "json"),
         default="auto",
-        help="of stdout; auto: pretty on a terminal",
+        help="format of stdout; auto: pretty on a terminal, otherwise JSON Lines",
     )
     add("-v", "--verbose", action="store_true", help="log more")
     add("--version", action="version", version=f"{PROGRAM} {VERSION}")
     options = parser.parse_args(argv)
     if bool(options.input) == options.demo:
-        parser.error("--demo takes no -i" if options.demo else "-i FILE is needed, or --demo")
+        parser.error("--demo takes no -i" if options.demo else "expected -i FILE, or --demo")
     if options.send_sample is None and (options.webhook or options.header):
-        parser.error("--webhook and --header go with --send-sample")
+        parser.error("--webhook and --header need --send-sample")
     return options
 
 
@@ -3292,15 +3479,27 @@ def choose_render(output_format: str) -> Callable[[Delivery], str]:
     return functools.partial(render_pretty, colour=has_colour)
 
 
-def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
-    """Open the outputs, bind, restore the replay caches, and serve until told to stop."""
+def check_handle_alert() -> None:
+    """Check that `handle_alert` is None or a function that runs when it is called.
+
+    Raises:
+        StartError: it is something else, a coroutine function for instance.
+    """
     function = handle_alert.func if isinstance(handle_alert, functools.partial) else handle_alert
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004
-    )
-    if function is not None and (is_async or not callable(function)):
-        found = "a coroutine function, which would never run" if is_async else repr(function)
-        return fail(f"handle_alert: expected a function, found {found}", EX_CANNOT_SERVE)
+    call = getattr(function, "__call__", None)  # noqa: B004
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
+        raise StartError("handle_alert: expected a function, found a coroutine function")
+    if function is not None and not callable(function):
+        raise StartError(f"handle_alert: expected a function, found {function!r}")
+
+
+def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
+    """Open the outputs, bind, restore the replay caches, and serve until told to stop.
+
+    Raises:
+        OutputError, StartError: it cannot serve.
+    """
+    check_handle_alert()
     for number in STOP_SIGNALS:  # until it serves
         signal.signal(number, lambda number, frame: os._exit(0))
     for number in RELOAD_SIGNALS:
@@ -3311,38 +3510,25 @@ def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     stay_on_one_processor()
     output = Output(config.log_file, config.request_timeout_seconds, render)
-    try:
-        listener = inherited_socket() or listen_on(config.host, config.port)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        reason = reason.partition(" (")[0]  # it repeats the address
-        return fail(f"{config.host} port {config.port}: {reason}", EX_CANNOT_SERVE)
+    listener = inherited_socket() or listen_on(config.host, config.port)
     server = WebhookServer(config, output, listener)
     server.restore(server.webhooks)
     address: Any = server.server_address
     shown = os.fsdecode(address) if isinstance(address, (str, bytes)) else "unknown"
     if isinstance(address, tuple):
         host, port = address[:2]
-        shown = f"{host} port {port} (http://{bracket(host)}:{port})"
-    webhooks = ", ".join(
-        f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks
-    )
-    log_file = f", {config.log_file}" if config.log_file else ""
-    log.info(
-        "%s %s listens on %s; webhooks: %s; output: stdout%s",
-        PROGRAM,
-        VERSION,
-        shown,
-        webhooks,
-        log_file,
-    )
+        shown = f"{host} port {port} (http://{format_host(host)}:{port})"
+    names = [f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks]
+    outputs = f"stdout, {config.log_file}" if config.log_file else "stdout"
+    text = f"listens on {shown}; webhooks: {', '.join(names)}; output: {outputs}"
+    log.info("%s %s %s", PROGRAM, VERSION, text)
     return serve(server, path)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program; return its exit code: 0 stopped on request, 1 cannot serve, 2 usage, 78 configuration."""
+    """Run the program; return its exit code."""
     options = parse_arguments(argv)
-    threading.stack_size(4 << 20)  # bytes; see the README
+    threading.stack_size(THREAD_STACK_BYTES)
     start_logging(options.verbose)
     try:
         if options.demo:
@@ -3352,14 +3538,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return send_sample(config, options.send_sample, options.webhook, options.header)
         if options.check_config:
             return check_config(config)
-        return start(
-            config,
-            options.input,
-            choose_render(options.format),
-        )
+        return start(config, options.input, choose_render(options.format))
     except ConfigError as error:
-        return max(fail(f"{options.input}: {mistake}", EX_CONFIG) for mistake in error.args)
-    except OutputError as error:
+        return max(fail(f"{options.input}: {text}", EX_CONFIG) for text in error.args)
+    except (OutputError, StartError) as error:
         return fail(str(error), EX_CANNOT_SERVE)
     except OSError as error:
         return fail(f"stdout: {error.strerror}", EX_CANNOT_SERVE)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 import unittest
 from pathlib import Path
@@ -17,12 +16,8 @@ import central_webhook_client as product
 from tests.support import (
     PATH,
     TOKEN,
-    TOP,
-    Receiver,
     captured_stderr,
-    central_headers,
     config_of,
-    new_body,
     run_at_once,
 )
 
@@ -382,9 +377,11 @@ class Mistakes(Called):
 
     def test_of_several_webhooks(self):
         def several(*changes):
-            return config_of(
-                webhook=[changed({"name": "a", "token": SECRET}, change) for change in changes]
-            )
+            webhooks = [
+                changed({"name": "a", "path": f"/{number}", "token": SECRET}, change)
+                for number, change in enumerate(changes)
+            ]
+            return config_of(webhook=webhooks)
 
         self.assertEqual(self.check(several({}, {"name": "b"}))[0], 0)
         self.assertEqual(self.check(several({"name": NOTHING}))[0], 0)
@@ -402,7 +399,30 @@ class Mistakes(Called):
         self.assertIn(HOOK, lines[0])
         self.assertIn('"a"', lines[0])
 
-    def test_of_the_types_of_whole_sections(self):
+    def test_two_webhooks_that_cannot_be_told_apart(self):
+        def pair(first, second):
+            usual = {"path": "/a", "token": SECRET}
+            webhooks = [{"name": "a", **usual, **first}, {"name": "b", **usual, **second}]
+            return config_of(webhook=[changed(webhook, {}) for webhook in webhooks])
+
+        url = "https://central.example.com/a"
+        new = {"type": "new-central", "public_url": url, "path": NOTHING}
+        for first, second in (
+            ({}, {}),
+            ({"path": NOTHING}, {"path": "/b"}),
+            ({"path": NOTHING}, {"path": NOTHING}),
+            ({"token": [SECRET, SECRET + "1"]}, {"token": [SECRET + "2", SECRET]}),
+            (new, {**new, "path": "/a"}),
+        ):
+            with self.subTest(first=first, second=second):
+                lines = self.mistakes(pair(first, second))
+                self.assertEqual(len(lines), 1, lines)
+                self.assertIn(f"{HOOK}[1]: expected another path or token", lines[0])
+        for second in ({"path": "/b"}, {"token": SECRET + "2"}, {"type": "mist"}):
+            with self.subTest(second=second):
+                self.assertEqual(self.check(pair({}, second))[0], 0)
+
+    def test_an_object_that_is_missing_or_of_the_wrong_type_is_one_mistake(self):
         for key, config in (
             ("webclient_info", {"central_info": config_of()["central_info"]}),
             ("webclient_info", {**config_of(), "webclient_info": []}),
@@ -417,13 +437,41 @@ class Mistakes(Called):
             (HOOK, config_of(webhook=5)),
             (f"{HOOK}[0]", config_of(webhook=[5])),
             (f"{HOOK}[1]", config_of(webhook=[{"name": "a", "token": SECRET}, []])),
+            (f"{HOOK}.api_key", hook(api_key=SECRET)),
+            (f"{HOOK}.oidc", hook(oidc=[])),
+            ("the file", []),
+            ("the file", [config_of()]),
         ):
             with self.subTest(key, config=config):
                 lines = self.mistakes(config)
-                self.assertTrue(all(line.startswith(key) for line in lines), lines)
-        for config in ([], "x", 5, None, True, [config_of()]):
-            with self.subTest(config):
-                self.mistakes(config)
+                self.assertEqual(len(lines), 1, lines)
+                self.assertTrue(lines[0].startswith(f"{key}: expected an object"), lines)
+
+    def test_a_host_is_an_address_or_a_name_that_resolves(self):
+        wrong = (
+            "[::1]",
+            "http://localhost",
+            "localhost:8010",
+            "127.0.0.1:80",
+            "a b",
+            "127.0.0.1/8",
+        )
+        for host in (*wrong, "1.2.3.4.5", "a" * 70):
+            with self.subTest(host):
+                (line,) = self.mistakes(web(host=host))
+                self.assertTrue(line.startswith("webclient_info.host: expected an address"), line)
+        for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+            with self.subTest(host):
+                self.assertEqual(self.check(web(host=host))[0], 0)
+
+    def test_trusted_proxies_are_addresses_and_networks(self):
+        for value in ([], ["10.0.0.0/8"], ["192.0.2.7", "::1", "2001:db8::/32"]):
+            with self.subTest(value):
+                self.assertEqual(self.check(web(trusted_proxies=value))[0], 0)
+        wrong = ("10.0.0.0/8", [5], ["10.0.0.1/8"], ["nginx"], [""], {}, True, [["::1"]], ["::1/x"])
+        self.assert_mistakes(
+            [("webclient_info.trusted_proxies", web(trusted_proxies=v)) for v in wrong]
+        )
 
     def test_an_unknown_key_names_the_nearest_known_one(self):
         for key, nearest, config in (
@@ -476,24 +524,50 @@ class Mistakes(Called):
                 self.assertEqual(len(lines), 1, lines)
                 self.assertIn(name, lines[0])
 
-    def test_what_is_no_json_is_an_error_with_its_place(self):
+    def test_a_common_mistake_in_json_is_named_with_its_place(self):
         good = json.dumps(hook(), indent=2)
-        for text, line in (
-            (good.replace(",", "", 1), 4),
-            (good + "}", len(good.splitlines())),
-            (good[:-1], None),
-            (good.replace('"host"', "host"), 3),
-            (good.replace('"', "'"), 2),
-            ("// comment\n" + good, 1),
-            ("{", 1),
-            ("", 1),
-            ("\n\n", None),
+        host = good.index('"host"')
+        self.assertEqual(good.count("\n", 0, host), 2)
+        for text, place, problem in (
+            (
+                good.replace('    "host"', '    // comment\n    "host"'),
+                "line 3 column 5",
+                "comment",
+            ),
+            (good.replace('    "host"', '    # comment\n    "host"'), "line 3 column 5", "comment"),
+            (good.replace('    "host"', '    /* a */ "host"'), "line 3 column 5", "comment"),
+            (good.replace("0\n  }", "0,\n  }"), "line 4 column 14", "a comma after the last"),
+            (good.replace(f'"{SECRET}"', f'["{SECRET}",]'), "line 10", "a comma after the last"),
+            (good.replace('"host"', "'host'"), "line 3 column 5", "single quotes"),
+            (good.replace('"127.0.0.1"', "'127.0.0.1'"), "line 3 column 13", "single quotes"),
+            (good.replace('"host"', "\u201chost\u201d"), "line 3 column 5", "typographic"),
+            (good.replace('"host"', '"host\u201d'), "line 3", "typographic"),
+            (
+                good.replace('"127.0.0.1"', "\u201e127.0.0.1\u201c"),
+                "line 3 column 13",
+                "typographic",
+            ),
+            (good.replace('    "host"', '\u00a0   "host"'), "line 3 column 1", "no-break space"),
+            (good.replace('"127.0.0.1"', '"C:\\alerts"'), "line 3 column 16", "backslash"),
+            (good.replace('"127.0.0.1"', '"C:\\users"'), "line 3", "backslash"),
+            (good.replace('"127.0.0.1"', '"127.0.0.1'), "line 3", "closing quote"),
+            (good.replace(",", "", 1), "line 4 column 5", "expected a comma"),
+            (good.replace(":", "", 1), "line 2 column 20", "expected a colon"),
+            (good.replace('"host"', "host"), "line 3 column 5", "a key in double quotes"),
+            (good.replace('"127.0.0.1"', "True"), "line 3 column 13", "expected a value"),
+            (good + "}", "line 13 column 2", "text after the end"),
+            (good[:-1], "line 13 column 1", "ends too early"),
+            ("{", "line 1 column 2", "ends too early"),
+            ("", "line 1 column 1", "ends too early"),
+            ("\n\n", "line 3 column 1", "ends too early"),
+            (good.encode("utf-16"), "", "UTF-16: save the file as UTF-8"),
+            (good.encode("utf-16-le"), "", "UTF-16: save the file as UTF-8"),
+            (good.encode().replace(b"noc", b"n\xff"), "line 8", "save the file as UTF-8"),
         ):
-            with self.subTest(text[:20]):
-                found = self.mistakes(text)
-                self.assertEqual(len(found), 1)
-                if line:
-                    self.assertRegex(found[0], rf"\b{line}\b")
+            with self.subTest(problem, text=text):
+                (line,) = self.mistakes(text)
+                self.assertTrue(line.startswith(place), line)
+                self.assertIn(problem, line)
 
     def test_what_is_not_quite_json_is_an_error(self):
         good = json.dumps(web(request_timeout_seconds=1234))
@@ -508,15 +582,14 @@ class Mistakes(Called):
             good.replace("1234", "1234,"),
             "[" * 200000,
             '{"a":' * 200000,
-            good.encode().replace(b"noc", b"n\xff"),
-            good.encode("utf-16"),
             b"\0",
         ):
             with self.subTest(text[:20]):
                 self.assertEqual(len(self.mistakes(text)), 1)
 
-    def test_a_byte_order_mark_is_no_mistake(self):
-        self.assertEqual(self.check(b"\xef\xbb\xbf" + json.dumps(hook()).encode())[0], 0)
+    def test_a_byte_order_mark_windows_lines_and_tabs_are_fine(self):
+        text = json.dumps(hook(), indent="\t").replace("\n", "\r\n")
+        self.assertEqual(self.check(b"\xef\xbb\xbf" + text.encode())[0], 0)
 
     def test_a_file_that_cannot_be_read_is_a_mistake(self):
         for path in (self.folder / "missing.json", self.folder, self.folder / "missing" / "x.json"):
@@ -571,7 +644,11 @@ class Mistakes(Called):
             (web(max_connections="5"), "number", '"5"'),
             (hook(type="classic"), "new-central", '"classic"'),
             (hook(path="x"), "/", '"x"'),
-            (hook(path="/health"), "/health", '"/health"'),
+            (hook(path="/health"), "/metrics", '"/health"'),
+            (web(host="[::1]"), "brackets", '"[::1]"'),
+            (web(log_file="C:\talerts"), "backslash", '"C:\\talerts"'),
+            (web(trusted_proxies=["10.0.0.1/8"]), "networks", "host bits"),
+            (web(trusted_proxies="10.0.0.1"), "array", '"10.0.0.1"'),
         ):
             line = self.mistakes(config)[0]
             with self.subTest(line):
@@ -623,7 +700,7 @@ class TokenFiles(Called):
         lines = self.mistakes(config)
         self.assertEqual(len(lines), 1)
         self.assert_names(lines, f"{HOOK}.token_file")
-        self.assertIn("TESTS_FOLDER", lines[0])
+        self.assertIn("the variable TESTS_FOLDER is not set", lines[0])
 
     def test_a_dollar_without_braces_is_part_of_the_name(self):
         self.token_file(SECRET.encode(), "token$HOME")
@@ -691,6 +768,25 @@ class Permissions(Called):
                         self.assertIn(" WARNING ", line)
                         self.assertIn(str(self.path), line)
 
+    def test_the_folders_of_systemd_and_of_containers_get_no_warning(self):
+        credentials = self.folder / "credentials"
+        credentials.mkdir()
+        path = credentials / "central"
+        path.write_text(SECRET)
+        path.chmod(0o444)
+        config = hook(token=NOTHING, token_file="${CREDENTIALS_DIRECTORY}/central")
+        before = os.environ.get("CREDENTIALS_DIRECTORY")
+        os.environ["CREDENTIALS_DIRECTORY"] = str(credentials)
+        try:
+            self.assertEqual(self.warnings(config, 0o600), [])
+            os.environ["CREDENTIALS_DIRECTORY"] = str(self.folder / "other")
+            config = hook(token=NOTHING, token_file="credentials/central")
+            self.assertEqual(len(self.warnings(config, 0o600)), 1)
+        finally:
+            os.environ.pop("CREDENTIALS_DIRECTORY")
+            if before is not None:
+                os.environ["CREDENTIALS_DIRECTORY"] = before
+
     def test_it_is_the_file_that_holds_the_token_that_counts(self):
         path = self.folder / "token"
         path.write_text(SECRET)
@@ -700,116 +796,6 @@ class Permissions(Called):
             with self.subTest(oct(mode)):
                 self.assertEqual(len(lines), warned, lines)
                 self.assertTrue(all(str(path) in line for line in lines))
-
-
-# ---- Starts that fail, and those that do not -------------------------------------------------
-
-
-class Starts(Called):
-    def assert_cannot_serve(self, cases):
-        """Start a receiver for each name in `cases` with its configuration; each must end and say the name."""
-        for name, (_, code, stdout, stderr) in zip(cases, self.run_with_each(*cases.values())):
-            with self.subTest(name):
-                self.assertEqual((code, stdout), (1, ""), stderr)
-                self.assertRegex(stderr, r"\Acentral_webhook_client\.py: error: .+\n\Z")
-                self.assertIn(name, stderr)
-
-    def test_a_port_that_is_taken(self):
-        with socket.socket() as other:
-            other.bind(("127.0.0.1", 0))
-            other.listen()
-            port = other.getsockname()[1]
-            self.assert_cannot_serve({str(port): config_of(port=port)})
-
-    def test_a_log_file_that_cannot_be_opened(self):
-        (self.folder / "directory").mkdir()
-        self.assert_cannot_serve(
-            {
-                "alerts.log": web(log_file="missing/alerts.log"),
-                "directory": web(log_file="directory"),
-            }
-        )
-        self.assertFalse((self.folder / "missing").exists())
-
-    def test_an_ipv6_address(self):
-        try:
-            with socket.socket(socket.AF_INET6) as probe:
-                probe.bind(("::1", 0))
-        except OSError:
-            self.skipTest("there is no IPv6 here")
-        with Receiver(web(host="::1")) as receiver:
-            with socket.create_connection(("::1", receiver.port), timeout=10) as connection:
-                connection.sendall(
-                    b"GET /health HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n"
-                )
-                self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 "))
-
-
-class Started(Called):
-    """One receiver whose configuration is right and unusual: what can be seen of it from outside."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.working, credentials = (Path(tempfile.mkdtemp(prefix="elsewhere-")) for _ in range(2))
-        for folder in (cls.working, credentials):
-            cls.addClassCleanup(shutil.rmtree, folder)
-        (credentials / "central").write_text("token-new\ntoken-old\n")
-        (credentials / "central").chmod(0o600)
-        webhooks = [
-            {"name": "first", "path": "/first", "token": TOKEN},
-            {"name": "second", "type": "ip-fabric", "token": TOKEN},
-            {"name": "third", "path": "/third", "token_file": "${CREDENTIALS_DIRECTORY}/central"},
-        ]
-        cls.receiver = Receiver(
-            config_of(host="localhost", port="0", webhook=webhooks, log_file="alerts.log"),
-            environment={"CREDENTIALS_DIRECTORY": str(credentials)},
-            cwd=cls.working,
-        ).__enter__()
-        cls.addClassCleanup(cls.receiver.__exit__)
-
-    def status(self, path, token):
-        body = new_body()
-        return self.receiver.post(body, central_headers(body, token=token), path).status
-
-    def start_line(self):
-        """Return the one line that says where it listens."""
-        (line,) = [line for line in self.receiver.stderr_lines if str(self.receiver.port) in line]
-        return line
-
-    def test_the_start_line_names_version_address_webhooks_and_outputs(self):
-        line = self.start_line()
-        _, version, _ = self.call("--version")
-        for text in (
-            version.split()[-1],
-            "127.0.0.1",
-            "first",
-            "second",
-            "ip-fabric",
-            "/first",
-            "stdout",
-            "alerts.log",
-        ):
-            with self.subTest(text):
-                self.assertIn(text, line)
-
-    def test_a_port_may_be_a_string_and_localhost_is_127_0_0_1(self):
-        self.assertEqual(self.status("/first", TOKEN), 200)
-        self.assertRegex(self.start_line(), r"127\.0\.0\.1")
-
-    def test_paths_are_relative_to_the_configuration_file_and_not_to_the_working_directory(self):
-        self.assertEqual(self.status("/first", TOKEN), 200)
-        self.assertTrue((self.receiver.folder / "alerts.log").read_text().endswith("\n"))
-        self.assertEqual(list(self.working.iterdir()), [])
-
-    def test_the_tokens_of_a_file_are_those_that_verify(self):
-        for token, status in (
-            ("token-new", 200),
-            ("token-old", 200),
-            ("token-new\n", 401),
-            ("token", 401),
-        ):
-            with self.subTest(token):
-                self.assertEqual(self.status("/third", token), status)
 
 
 PLACEHOLDERS = (
@@ -860,123 +846,3 @@ class Placeholders(Called):
         code, stdout, _ = self.call("-i", str(self.path), "--check-config")
         self.assertEqual(code, 0)
         self.assertIn("tokens: 1", stdout)
-
-    def test_a_variable_that_is_not_set_is_named(self):
-        self.write(hook(token=NOTHING, token_file="${NOT_SET_ANYWHERE}/central"))
-        code, _, stderr = self.call("-i", str(self.path), "--check-config")
-        self.assertEqual(code, 78)
-        self.assertIn("the variable NOT_SET_ANYWHERE is not set", stderr)
-
-
-class CheckConfig(Called):
-    def test_it_says_one_line_a_webhook_and_exits_with_0(self):
-        names = ("noc", "fabric", "new", "bracken", "entrupy")
-        webhooks = [
-            {
-                "name": "noc",
-                "token": [SECRET, SECRET + "2"],
-                "api_key": {"header": "X-Key", "value": SECRET},
-            },
-            {"name": "fabric", "type": "ip-fabric", "path": "/fabric", "token": SECRET},
-            {
-                "name": "new",
-                "type": "new-central",
-                "token": SECRET,
-                "public_url": "https://a.example/b",
-            },
-            {"name": "bracken", "type": "bracken", "token": SECRET},
-            {"name": "entrupy", "type": "entrupy", "token": SECRET},
-        ]
-        self.write(config_of(webhook=webhooks))
-        file = ("-i", self.path)
-        for code, stdout, stderr in self.run_at_once([*file, "--check-config"], [*file, "-t"]):
-            self.assertEqual((code, stderr), (0, ""))
-            lines = stdout.splitlines()
-            self.assertEqual(len(lines), 5)
-            for name, line in zip(names, lines):
-                self.assertIn(name, line)
-
-    def test_it_binds_nothing_and_makes_no_file(self):
-        with socket.socket() as other:
-            other.bind(("127.0.0.1", 0))
-            other.listen()
-            config = config_of(port=other.getsockname()[1], log_file="alerts.log")
-            self.assertEqual(self.check(config)[0], 0)
-        self.assertEqual(list(self.folder.iterdir()), [self.path])
-
-    def test_the_example_is_valid_but_for_its_placeholders(self):
-        example = (TOP / "input_info.json.example").read_text(encoding="utf-8")
-        for line in self.mistakes(example):
-            self.assertIn("placeholder", line)
-        config = json.loads(example)
-        webhooks = config["central_info"]["webhook"]
-        for webhook in webhooks if isinstance(webhooks, list) else [webhooks]:
-            webhook["token"] = SECRET
-        self.assertEqual(self.check(config)[0], 0)
-
-
-class Usage(Called):
-    def test_wrong_usage_is_exit_code_2(self):
-        self.write(hook())
-        several = config_of(
-            webhook=[{"name": "a", "token": SECRET}, {"name": "b", "token": SECRET}]
-        )
-        (self.folder / "several.json").write_text(json.dumps(several))
-        for arguments in (
-            [],
-            ["-i"],
-            ["--check-config"],
-            ["--send-sample"],
-            [f"-i={self.path}", "--nonsense"],
-            [f"-i={self.path}", "nonsense"],
-            [f"-i={self.path}", "--format", "xml"],
-            [f"-i={self.path}", "--format"],
-            [f"-i={self.path}", "--check-config", "--send-sample"],
-            [f"-i={self.path}", "--send-sample", "http://127.0.0.1:9/", "--webhook", "missing"],
-            [f"-i={self.path}", "--send-sample", "http://127.0.0.1:9/", "--header", "no colon"],
-            [f"-i={self.folder / 'several.json'}", "--send-sample", "http://127.0.0.1:9/"],
-        ):
-            with self.subTest(arguments):
-                code, stdout, stderr = self.call(*arguments)
-                self.assertEqual((code, stdout), (2, ""), stderr)
-                self.assertIn("central_webhook_client.py: error: ", stderr.splitlines()[-1])
-
-    def test_a_process_exits_with_2_as_well(self):
-        ((code, stdout, stderr),) = self.run_at_once([])
-        self.assertEqual((code, stdout), (2, ""))
-        self.assertIn("central_webhook_client.py: error: ", stderr)
-
-    def test_the_file_is_given_in_any_of_the_usual_ways(self):
-        self.write(hook())
-        path = str(self.path)
-        for arguments in (
-            ["-i", path],
-            [f"-i={path}"],
-            [f"-i{path}"],
-            ["--input", path],
-            [f"--input={path}"],
-        ):
-            with self.subTest(arguments):
-                self.assertEqual(self.call(*arguments, "--check-config")[0], 0)
-
-    def test_help_and_version(self):
-        for option in ("-h", "--help"):
-            code, stdout, stderr = self.call(option)
-            self.assertEqual((code, stderr), (0, ""))
-            for name in (
-                "--input",
-                "--check-config",
-                "--send-sample",
-                "--demo",
-                "--format",
-                "--verbose",
-                "--version",
-            ):
-                self.assertIn(name, stdout)
-        code, stdout, stderr = self.call("--version")
-        self.assertEqual((code, stderr), (0, ""))
-        self.assertRegex(stdout, r"\d+\.\d+")
-
-
-if __name__ == "__main__":
-    unittest.main()

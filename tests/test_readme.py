@@ -193,14 +193,14 @@ class ReferenceTest(unittest.TestCase):
 
     def test_every_key_is_in_the_table_of_the_configuration(self):
         places = {
-            "TOP_KEYS": "",
-            "WEBCLIENT_KEYS": "webclient_info.",
-            "CENTRAL_KEYS": "central_info.",
-            "WEBHOOK_KEYS": "webhook.",
-            "API_KEY_KEYS": "webhook.api_key.",
-            "OIDC_KEYS": "webhook.oidc.",
+            "TOP_OPTIONS": "",
+            "WEBCLIENT_OPTIONS": "webclient_info.",
+            "CENTRAL_OPTIONS": "central_info.",
+            "WEBHOOK_OPTIONS": "webhook.",
+            "API_KEY_OPTIONS": "webhook.api_key.",
+            "OIDC_OPTIONS": "webhook.oidc.",
         }
-        self.assertEqual(set(places), {name for name in vars(client) if name.endswith("_KEYS")})
+        self.assertEqual(set(places), {name for name in vars(client) if name.endswith("_OPTIONS")})
         keys = {
             prefix + name: key
             for place, prefix in places.items()
@@ -211,7 +211,7 @@ class ReferenceTest(unittest.TestCase):
         for name, kind, _ in rows:
             key = keys[code_of(name)[0]]
             with self.subTest(name):
-                if key.default is ...:
+                if key.default is client.REQUIRED:
                     self.assertRegex(kind, "required$")
                 elif isinstance(key.default, (int, str)):
                     self.assertRegex(kind, rf", `?{key.default}`?$")

@@ -168,7 +168,7 @@ class OddInput(unittest.TestCase):
         host["webclient_info"]["host"] = "a..b"
         started = []
         for code, config, arguments in (
-            (1, host, ()),
+            (78, host, ()),
             (1, config_of(log_file="."), ("--check-config",)),
             (78, config_of(webhook=new_central), ("--check-config",)),
             (78, config_of(webhook=odd_key), ("--check-config",)),

@@ -189,12 +189,12 @@ class Exchanges(unittest.TestCase):
         for answer in (b"", head, head + b"Content-Length: 100\r\n\r\n{}", head + b"\r\n{}"):
             with self.subTest(answer):
                 with self.assertRaisesRegex(OSError, "no whole answer|timed out"):
-                    product.exchange("GET", self.serve(answer), {}, None, 0.3)
+                    product.http_request("GET", self.serve(answer), {}, None, 0.3)
 
     def test_of_a_long_answer_the_beginning_is_returned(self):
         most = product.MAX_ANSWER_BYTES
         answer = b"HTTP/1.1 500 Error\r\nContent-Length: 9999999\r\n\r\n" + b"x" * (most + 100)
-        status, data = product.exchange("POST", self.serve(answer), {}, b"{}", 10)
+        status, data = product.http_request("POST", self.serve(answer), {}, b"{}", 10)
         self.assertEqual((status, data), (500, b"x" * (most + 1)))
 
 

@@ -1,0 +1,259 @@
+"""The command line: starts, --check-config, wrong usage, --help."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+from tests.support import TOKEN, TOP, Receiver, central_headers, config_of, new_body
+from tests.test_config import SECRET, Called, hook, web
+
+# ---- Starts that fail, and those that do not -------------------------------------------------
+
+
+class Starts(Called):
+    def assert_cannot_serve(self, cases):
+        """Start a receiver for each name in `cases` with its configuration; each must end and say the name."""
+        for name, (_, code, stdout, stderr) in zip(cases, self.run_with_each(*cases.values())):
+            with self.subTest(name):
+                self.assertEqual((code, stdout), (1, ""), stderr)
+                self.assertRegex(stderr, r"\Acentral_webhook_client\.py: error: .+\n\Z")
+                self.assertIn(name, stderr)
+
+    def test_a_port_that_is_taken(self):
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            port = other.getsockname()[1]
+            self.assert_cannot_serve({str(port): config_of(port=port)})
+
+    def test_an_ipv6_address(self):
+        try:
+            with socket.socket(socket.AF_INET6) as probe:
+                probe.bind(("::1", 0))
+        except OSError:
+            self.skipTest("there is no IPv6 here")
+        with Receiver(web(host="::1")) as receiver:
+            with socket.create_connection(("::1", receiver.port), timeout=10) as connection:
+                connection.sendall(
+                    b"GET /health HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n"
+                )
+                self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 "))
+
+
+class Started(Called):
+    """One receiver whose configuration is right and unusual: what can be seen of it from outside."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.working, credentials = (Path(tempfile.mkdtemp(prefix="elsewhere-")) for _ in range(2))
+        for folder in (cls.working, credentials):
+            cls.addClassCleanup(shutil.rmtree, folder)
+        (credentials / "central").write_text("token-new\ntoken-old\n")
+        (credentials / "central").chmod(0o600)
+        webhooks = [
+            {"name": "first", "path": "/first", "token": TOKEN},
+            {"name": "second", "type": "ip-fabric", "token": TOKEN},
+            {"name": "third", "path": "/third", "token_file": "${CREDENTIALS_DIRECTORY}/central"},
+        ]
+        cls.receiver = Receiver(
+            config_of(host="localhost", port="0", webhook=webhooks, log_file="alerts.log"),
+            environment={"CREDENTIALS_DIRECTORY": str(credentials)},
+            cwd=cls.working,
+        ).__enter__()
+        cls.addClassCleanup(cls.receiver.__exit__)
+
+    def status(self, path, token):
+        body = new_body()
+        return self.receiver.post(body, central_headers(body, token=token), path).status
+
+    def start_line(self):
+        """Return the one line that says where it listens."""
+        (line,) = [line for line in self.receiver.stderr_lines if str(self.receiver.port) in line]
+        return line
+
+    def test_the_start_line_names_version_address_webhooks_and_outputs(self):
+        line = self.start_line()
+        _, version, _ = self.call("--version")
+        for text in (
+            version.split()[-1],
+            "127.0.0.1",
+            "first",
+            "second",
+            "ip-fabric",
+            "/first",
+            "stdout",
+            "alerts.log",
+        ):
+            with self.subTest(text):
+                self.assertIn(text, line)
+
+    def test_a_port_may_be_a_string_and_localhost_is_127_0_0_1(self):
+        self.assertEqual(self.status("/first", TOKEN), 200)
+        self.assertRegex(self.start_line(), r"127\.0\.0\.1")
+
+    def test_paths_are_relative_to_the_configuration_file_and_not_to_the_working_directory(self):
+        self.assertEqual(self.status("/first", TOKEN), 200)
+        self.assertTrue((self.receiver.folder / "alerts.log").read_text().endswith("\n"))
+        self.assertEqual(list(self.working.iterdir()), [])
+
+    def test_the_tokens_of_a_file_are_those_that_verify(self):
+        for token, status in (
+            ("token-new", 200),
+            ("token-old", 200),
+            ("token-new\n", 401),
+            ("token", 401),
+        ):
+            with self.subTest(token):
+                self.assertEqual(self.status("/third", token), status)
+
+
+class CheckConfig(Called):
+    def test_it_says_one_line_a_webhook_and_exits_with_0(self):
+        names = ("noc", "fabric", "new", "bracken", "entrupy")
+        webhooks = [
+            {
+                "name": "noc",
+                "token": [SECRET, SECRET + "2"],
+                "api_key": {"header": "X-Key", "value": SECRET},
+            },
+            {"name": "fabric", "type": "ip-fabric", "path": "/fabric", "token": SECRET},
+            {
+                "name": "new",
+                "type": "new-central",
+                "token": SECRET,
+                "public_url": "https://a.example/b",
+            },
+            {"name": "bracken", "type": "bracken", "token": SECRET},
+            {"name": "entrupy", "type": "entrupy", "token": SECRET},
+        ]
+        self.write(config_of(webhook=webhooks))
+        file = ("-i", self.path)
+        for code, stdout, stderr in self.run_at_once([*file, "--check-config"], [*file, "-t"]):
+            self.assertEqual((code, stderr), (0, ""))
+            lines = stdout.splitlines()
+            self.assertEqual(len(lines), 7)
+            self.assertIn("127.0.0.1 port 0", lines[0])
+            self.assertIn("a 200 is only as safe as what reads stdout", lines[1])
+            for name, line in zip(names, lines[2:]):
+                self.assertTrue(line.startswith(name), line)
+            self.assertIn("BODY NOT PROTECTED", lines[4])
+
+    def test_it_binds_nothing_and_makes_no_file(self):
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            config = config_of(port=other.getsockname()[1], log_file="alerts.log")
+            code, stdout, _ = self.check(config)
+        self.assertEqual(code, 0)
+        self.assertIn(f"log_file: {self.folder / 'alerts.log'}\n", stdout)
+        self.assertEqual(list(self.folder.iterdir()), [self.path])
+
+    def test_it_changes_nothing_of_a_log_that_a_receiver_writes(self):
+        with Receiver(web(log_file="alerts.log")) as receiver:
+            self.assertEqual(receiver.deliver().status, 200)
+            log = receiver.folder / "alerts.log"
+            before = log.read_bytes()
+            path = str(receiver.config_path)
+            self.assertEqual(self.call("-i", path, "--check-config")[0], 0)
+            self.assertEqual(log.read_bytes(), before)
+
+    def test_it_fails_where_the_start_would(self):
+        (self.folder / "directory").mkdir()
+        os.mkfifo(self.folder / "pipe")
+        key = "webclient_info.log_file"
+        for config, said in (
+            (
+                web(log_file="missing/alerts.log"),
+                f"{key}: {self.folder / 'missing/alerts.log'}: No",
+            ),
+            (web(log_file="directory"), f"{key}: {self.folder / 'directory'}: Is a directory"),
+            (web(log_file="pipe"), f"{key}: {self.folder / 'pipe'}: not a regular file"),
+            (web(host="192.0.2.1"), "webclient_info.host: 192.0.2.1 "),
+        ):
+            with self.subTest(said):
+                self.write(config)
+                file = f"-i={self.path}"
+                for code, _, stderr in self.run_at_once([file, "-t"], [file]):
+                    self.assertEqual(code, 1)
+                    if "host" not in said:
+                        self.assertIn(f"error: {said}", stderr)
+                    self.assertEqual(stderr.count("\n"), 1, stderr)
+        self.assertFalse((self.folder / "missing").exists())
+
+    def test_the_example_is_valid_but_for_its_placeholders(self):
+        example = (TOP / "input_info.json.example").read_text(encoding="utf-8")
+        for line in self.mistakes(example):
+            self.assertIn("placeholder", line)
+        config = json.loads(example)
+        webhooks = config["central_info"]["webhook"]
+        for webhook in webhooks if isinstance(webhooks, list) else [webhooks]:
+            webhook["token"] = SECRET
+        self.assertEqual(self.check(config)[0], 0)
+
+
+class Usage(Called):
+    def test_wrong_usage_is_exit_code_2(self):
+        self.write(hook())
+        several = config_of(
+            webhook=[{"name": "a", "token": SECRET}, {"name": "b", "type": "mist", "token": SECRET}]
+        )
+        (self.folder / "several.json").write_text(json.dumps(several))
+        for arguments in (
+            [],
+            ["-i"],
+            ["--check-config"],
+            ["--send-sample"],
+            [f"-i={self.path}", "--nonsense"],
+            [f"-i={self.path}", "nonsense"],
+            [f"-i={self.path}", "--format", "xml"],
+            [f"-i={self.path}", "--format"],
+            [f"-i={self.path}", "--check-config", "--send-sample"],
+            [f"-i={self.path}", "--send-sample", "http://127.0.0.1:9/", "--webhook", "missing"],
+            [f"-i={self.path}", "--send-sample", "http://127.0.0.1:9/", "--header", "no colon"],
+            [f"-i={self.folder / 'several.json'}", "--send-sample", "http://127.0.0.1:9/"],
+        ):
+            with self.subTest(arguments):
+                code, stdout, stderr = self.call(*arguments)
+                self.assertEqual((code, stdout), (2, ""), stderr)
+                self.assertIn("central_webhook_client.py: error: ", stderr.splitlines()[-1])
+
+    def test_a_process_exits_with_2_as_well(self):
+        ((code, stdout, stderr),) = self.run_at_once([])
+        self.assertEqual((code, stdout), (2, ""))
+        self.assertIn("central_webhook_client.py: error: ", stderr)
+
+    def test_the_file_is_given_in_any_of_the_usual_ways(self):
+        self.write(hook())
+        path = str(self.path)
+        for arguments in (
+            ["-i", path],
+            [f"-i={path}"],
+            [f"-i{path}"],
+            ["--input", path],
+            [f"--input={path}"],
+        ):
+            with self.subTest(arguments):
+                self.assertEqual(self.call(*arguments, "--check-config")[0], 0)
+
+    def test_help_and_version(self):
+        for option in ("-h", "--help"):
+            code, stdout, stderr = self.call(option)
+            self.assertEqual((code, stderr), (0, ""))
+            for name in (
+                "--input",
+                "--check-config",
+                "--send-sample",
+                "--demo",
+                "--format",
+                "--verbose",
+                "--version",
+            ):
+                self.assertIn(name, stdout)
+        code, stdout, stderr = self.call("--version")
+        self.assertEqual((code, stderr), (0, ""))
+        self.assertRegex(stdout, r"\d+\.\d+")
