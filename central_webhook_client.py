@@ -1920,8 +1920,8 @@ WEBHOOK_OPTIONS = {
     "oidc": OBJECT,
 }
 API_KEY_OPTIONS = {
-    "header": Option("the name of a header", matching(FIELD_NAME), ""),
-    "field": Option("the name of a field", parse_text, ""),
+    "header": Option("the name of a header", matching(FIELD_NAME)),
+    "field": Option("the name of a field", parse_text),
     "value": SECRETS,
 }
 OIDC_OPTIONS = {
