@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import calendar
 import collections
 import contextlib
 import difflib
@@ -56,6 +57,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import math
 import mmap
 import os
 import queue
@@ -73,6 +75,7 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import (
     Any,
@@ -151,21 +154,6 @@ REFUSALS = {  # reason, in the log and the metrics: status
     "provider": 503,
     "version": 505,
 }
-ERRORS = {  # status: the error in the answer
-    400: "bad request",
-    401: "unauthorized",
-    404: "not found",
-    405: "method not allowed",
-    408: "request timeout",
-    411: "length required",
-    413: "body too large",
-    414: "request line too long",
-    431: "header fields too large",
-    501: "transfer coding not implemented",
-    503: "unavailable",
-    505: "http version not supported",
-}
-
 log = logging.getLogger("central_webhook_client")
 
 
@@ -173,7 +161,7 @@ class Refusal(Exception):
     """A request is not accepted. The detail is for the log, never for the sender."""
 
     def __init__(self, reason: str, detail: str, webhook: str = "") -> None:
-        """`reason` is a key of REFUSALS; `webhook` a name, where it is not that of the path."""
+        """Set the reason, a key of REFUSALS, and the name of the webhook, if one is known."""
         super().__init__(detail)
         self.reason = reason
         self.webhook = webhook
@@ -396,10 +384,13 @@ def check_api_key(request: Request, api_key: ApiKey) -> None:
         is_repeated = api_key.header in request.repeated
     else:
         place = f"the field {api_key.field!r}"
-        payload, repeated_names = parse_json_or_none(request.body)
+        try:
+            payload, repeated = parse_json(request.body.decode("utf-8-sig"))
+        except ValueError:
+            raise Refusal("api_key", f"{place} is missing: the body is not JSON") from None
         text = payload.get(api_key.field) if isinstance(payload, dict) else None
         received = [text.encode(errors="replace") if isinstance(text, str) else b""]
-        is_repeated = api_key.field in repeated_names
+        is_repeated = api_key.field in repeated
     if is_repeated or not received[0]:
         raise Refusal("api_key", f"{place} is missing, empty or repeated")
     # Security: compare with all keys, each in constant time, so that time tells nothing.
@@ -443,10 +434,8 @@ def find_repeated(names: Iterable[str]) -> list[str]:
 def parse_json(text: str) -> tuple[Any, list[str]]:
     """Parse JSON; return the value, and the keys that are repeated in one of its objects.
 
-    Numbers that Python cannot hold (10,000 digits, 1e999) become strings.
-
-    Raises:
-        ValueError: the text is not JSON (NaN and Infinity included), or nested too deeply.
+    Numbers that Python cannot hold (10,000 digits, 1e999) become strings. Raises ValueError if the
+    text is not JSON (NaN and Infinity are not), or is nested too deeply.
     """
     repeated: list[str] = []
 
@@ -456,31 +445,17 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
             repeated.extend(find_repeated(name for name, _ in pairs))
         return value
 
-    def to_integer(digits: str) -> Any:
-        return int(digits) if len(digits) < 4000 else digits
-
-    def to_float(digits: str) -> Any:
-        return float(digits) if abs(float(digits)) < float("inf") else digits
-
     try:
         value = json.loads(
             text,
             object_pairs_hook=to_object,
-            parse_int=to_integer,
-            parse_float=to_float,
+            parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits,
+            parse_float=lambda digits: float(digits) if math.isfinite(float(digits)) else digits,
             parse_constant=_refuse_constant,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value, repeated
-
-
-def parse_json_or_none(body: bytes) -> tuple[Any, list[str]]:
-    """Parse a body as `parse_json` does; return None for the value if it is not JSON."""
-    try:
-        return parse_json(body.decode("utf-8-sig"))
-    except ValueError:
-        return None, []
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
@@ -503,24 +478,21 @@ def escape_text(text: str) -> str:
     return _UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1].replace("\x7f", "\\u007f"), text)
 
 
+_FORMATS = (  # beginning of a body that is not JSON, and what the body seems to be
+    (rb"\s*\Z", "empty"),
+    (rb"\x1f\x8b", "gzip: the sender must not compress"),
+    (rb"\s*<", "XML or HTML"),
+    (rb"\s*[\w.%+\-\[\]]+=[^{\[]", "a form: choose JSON as the content type at the sender"),
+    (rb'\s*[{\["]', "almost JSON: truncated, nested too deeply, or with NaN, comments or the like"),
+)
+
+
 def guess_format(body: bytes) -> str:
     """Say what a body that is not JSON seems to be, for the log."""
-    start = body.lstrip()[:200]
-    if not start:
-        return "empty"
-    if body.startswith(b"\x1f\x8b"):
-        return "gzip: the sender must not compress"
-    if start.startswith(b"<"):
-        return "XML or HTML"
-    if re.match(rb"[\w.%+\-\[\]]+=[^{\[]*", start):
-        return "a form: choose JSON as the content type at the sender"
-    if start[:1] in b'{["':
-        return "almost JSON: truncated, nested too deeply, or with NaN, comments or the like"
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    return "plain text"
+    for pattern, name in _FORMATS:
+        if re.match(pattern, body):
+            return name
+    return "neither JSON nor another known format"
 
 
 # ---- HTTP message signatures (RFC 9421) --------------------------------------------
@@ -1089,24 +1061,21 @@ def parse_timestamp(text: str) -> Optional[float]:
         return parse_http_date(text)
     year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
     try:
-        start = datetime(
-            int(year), int(month), int(day), int(hour), int(minute), tzinfo=timezone.utc
-        )
+        start = calendar.timegm(datetime(int(year), int(month), int(day)).timetuple())
     except ValueError:
         return None
     offset = int(hours) * 3600 + int(minutes) * 60
     if sign == "-":
         offset = -offset
-    return start.timestamp() + int(second) + float("0." + fraction) - offset
+    seconds = int(hour) * 3600 + int(minute) * 60 + int(second)
+    return start + seconds + float("0." + fraction) - offset
 
 
 def parse_http_date(text: str) -> Optional[float]:
     """Return the epoch seconds of an HTTP-date (RFC 9110 section 5.6.7), None if it is not one."""
     try:
         moment = email.utils.parsedate_to_datetime(text)
-        if not moment.tzinfo:
-            moment = moment.replace(tzinfo=timezone.utc)
-        return moment.timestamp()
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
 
@@ -1127,33 +1096,28 @@ def check_age(
 ) -> None:
     """Check that a delivery was sent at most `window_seconds` ago; 0 switches the check off.
 
-    `sent_at` and `now` are in epoch seconds; `signed_time` is what the sender wrote, for the log.
-
-    Raises:
-        Refusal: it is older, too far in the future, or its time is not understood.
+    Times are in epoch seconds; `signed_time` is what the sender wrote, for the log. Raises Refusal
+    if it is older, too far in the future, or not understood.
     """
     if not window_seconds:
         return
     if sent_at is None:
-        shown = signed_time[:80]
         advice = '"replay_window_hours": 0 accepts any time'
-        raise Refusal("stale", f"its time {shown!r} is not understood; {advice}")
-    age = now - sent_at
-    if age > window_seconds:
+        raise Refusal("stale", f"its time {signed_time[:80]!r} is not understood; {advice}")
+    hours = (now - sent_at) / 3600
+    if now - sent_at > window_seconds:
         allowed = window_seconds / 3600
-        raise Refusal(
-            "stale", f"sent {age / 3600:.1f} hours ago, allowed are {allowed:g}; is a clock off?"
-        )
-    if age < -MAX_FUTURE_SECONDS:
-        raise Refusal("stale", f"sent {-age / 60:.0f} minutes in the future; is a clock off?")
+        raise Refusal("stale", f"sent {hours:.1f} hours ago, allowed are {allowed:g}: a clock off?")
+    if sent_at - now > MAX_FUTURE_SECONDS:
+        raise Refusal("stale", f"sent {-60 * hours:.0f} minutes in the future: a clock off?")
+
+
+DedupKeys = tuple[bytes, ...]  # each of them identifies a delivery; empty: nothing does
 
 
 def short_digest(*parts: bytes) -> bytes:
     """Return 128 bits that identify the parts, joined with NUL, which no header can hold."""
     return hashlib.sha256(b"\0".join(parts)).digest()[:16]
-
-
-DedupKeys = tuple[bytes, ...]  # each of them identifies a delivery; empty: nothing does
 
 
 def dedup_keys(webhook_type: str, request: Request) -> DedupKeys:
@@ -1171,10 +1135,10 @@ def dedup_keys(webhook_type: str, request: Request) -> DedupKeys:
 
 
 class ReplayCache:
-    """The deliveries that a webhook has accepted, so that none is accepted again.
+    """The deliveries that a webhook has accepted, so that none is accepted again. Thread-safe.
 
-    Thread-safe. A key is in at most one of `accepted` and `reserved`; `order` has the accepted
-    deliveries, the oldest first, and forgets it beyond REMEMBERED_DELIVERIES.
+    A key is in at most one of `accepted` and `reserved`. `order` has the accepted deliveries, the
+    oldest first, and forgets it beyond REMEMBERED_DELIVERIES.
     """
 
     def __init__(self) -> None:
@@ -1186,8 +1150,7 @@ class ReplayCache:
     def reserve(self, keys: DedupKeys) -> bool:
         """Reserve the keys of a delivery that is about to be stored; False if it is a duplicate.
 
-        Raises:
-            Refusal: the same delivery is being stored at this moment.
+        Raises Refusal if the same delivery is being stored at this moment.
         """
         with self.lock:
             if not self.accepted.isdisjoint(keys):
@@ -1228,11 +1191,7 @@ _LOG_LINE = re.compile(
 
 
 def lines_from_end(path: str) -> Iterator[bytes]:
-    """Yield the lines of a file, the last one first, without their line feeds.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Yield the lines of a file, the last one first, without their line feeds."""
     with open(path, "rb") as file:
         if not file.seek(0, os.SEEK_END):
             return
@@ -1250,10 +1209,7 @@ def restore_replay_caches(
     """Restore replay caches, by name of their webhook, from the end of a log.
 
     Reads until all of them are full, or (unless `window_seconds` is 0) the lines are older than
-    any delivery that would be accepted.
-
-    Raises:
-        OutputError: the log exists and cannot be read.
+    any delivery that would be accepted. Raises OutputError if the log cannot be read.
     """
     wanted = {json.dumps(name).encode(): cache for name, cache in caches.items()}
     oldest = b""
@@ -1261,34 +1217,27 @@ def restore_replay_caches(
         oldest = format_utc(now - window_seconds - MAX_FUTURE_SECONDS).encode()
     is_empty = True
     try:
-        for line in lines_from_end(path) if wanted else ():
+        for line in lines_from_end(path):
             is_empty = is_empty and not line
             match = _LOG_LINE.fullmatch(line)
             if not match:
                 continue
-            received_at, name, key = match.groups()
-            if received_at < oldest:
+            if match[1] < oldest:
                 break
-            if name in wanted:
-                with contextlib.suppress(ValueError):
-                    keys = tuple(bytes.fromhex(part) for part in key.decode().split("."))
-                    if not wanted[name].restore(keys):
-                        del wanted[name]
+            with contextlib.suppress(KeyError, ValueError):  # another webhook; not hexadecimal
+                keys = tuple(bytes.fromhex(part) for part in match[3].decode().split("."))
+                if not wanted[match[2]].restore(keys):
+                    del wanted[match[2]]
             if not wanted:
                 break
-    except FileNotFoundError:
-        pass
     except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}") from None
+        raise OutputError(f"webclient_info.log_file: {path}: {error.strerror}") from None
     count = sum(len(cache.order) for cache in caches.values())
     if count or is_empty:
         log.info("%d deliveries remembered from %s", count, path)
     else:
-        log.warning(
-            "nothing remembered from %s, although it is not empty: duplicates of what it holds "
-            "will be accepted (was a webhook renamed, or is it the log of another program?)",
-            path,
-        )
+        advice = "was a webhook renamed, or is it the log of another program?"
+        log.warning("nothing remembered from %s, which is not empty: %s", path, advice)
 
 
 # ---- Output ---------------------------------------------------------------------------------
@@ -1296,9 +1245,7 @@ def restore_replay_caches(
 
 def format_utc(moment: float) -> str:
     """Write epoch seconds as ISO 8601 in UTC with milliseconds."""
-    milliseconds = int(moment * 1000)
-    start = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000))
-    return f"{start}.{milliseconds % 1000:03}Z"
+    return datetime.fromtimestamp(moment, timezone.utc).isoformat("T", "milliseconds")[:-6] + "Z"
 
 
 def render_json(delivery: Delivery) -> str:
@@ -1309,35 +1256,21 @@ def render_json(delivery: Delivery) -> str:
         "type": delivery.type,
         "delivery_id": delivery.delivery_id,
         "sent_at": delivery.sent_at,
+        "alert": None,
     }
-    body = {}
     if delivery.text is None:
         try:
-            body = {"body": delivery.body.decode()}
+            fields["body"] = delivery.body.decode()
         except UnicodeDecodeError:
-            body = {"body_base64": base64.b64encode(delivery.body).decode()}
-    # The alert is not serialized: its numbers, order and spelling stay as they were sent.
-    alert = "null" if delivery.text is None else to_ascii_line(delivery.text)
-    rest = f", {json.dumps(body)[1:-1]}" if body else ""
-    line = f'{json.dumps(fields)[:-1]}, "alert": {alert}{rest}}}\n'
-    return line.replace("\x7f", "\\u007f")
+            fields["body_base64"] = base64.b64encode(delivery.body).decode()
+    line = json.dumps(fields).replace("\x7f", "\\u007f")
+    if delivery.text is not None:  # not serialised: numbers, order and spelling stay as sent
+        line = f"{line[: -len('null}')]}{to_ascii_line(delivery.text)}}}"
+    return line + "\n"
 
 
-def render_log_line(line: str, key: Optional[str]) -> str:
-    """Render a delivery for `log_file`: the line of `render_json` with the key at its end."""
-    return f'{line[:-2]}, "key": {json.dumps(key)}}}\n'
-
-
-_COLOURS = {
-    "critical": "1;31",
-    "major": "31",
-    "minor": "33",
-    "warning": "33",
-    "info": "36",
-    "close": "32",
-    "closed": "32",
-    "cleared": "32",
-}
+_COLOURS = {"critical": "1;31", "major": "31", "minor": "33", "warning": "33", "info": "36"}
+_COLOURS.update({"close": "32", "closed": "32", "cleared": "32"})
 
 
 def render_pretty(delivery: Delivery, colour: bool) -> str:
@@ -1356,34 +1289,30 @@ def render_pretty(delivery: Delivery, colour: bool) -> str:
     for text, width, code in fields:
         text = escape_text(text).ljust(width)
         header.append(f"\x1b[{code}m{text}\x1b[0m" if colour and code else text)
-    if delivery.text is None:
-        shown = delivery.body.decode(errors="backslashreplace")
-    else:
-        try:
-            shown = json.dumps(parse_json(delivery.text)[0], indent=2, ensure_ascii=False)
-        except (ValueError, RecursionError):  # nested too deeply
-            shown = delivery.text
+    shown = delivery.text or delivery.body.decode(errors="backslashreplace")
+    if payload is not None:
+        with contextlib.suppress(RecursionError):
+            shown = json.dumps(payload, indent=2, ensure_ascii=False)
     body = "\n".join(escape_text(line) for line in shown.split("\n"))
     return f"{'  '.join(header).rstrip()}\n{textwrap.indent(body, '  ')}\n"
 
 
+@dataclass
 class Entry:
     """A delivery on its way to stdout and the log."""
 
-    def __init__(self, delivery: Delivery, keys: DedupKeys, shown: str, line: str) -> None:
-        self.delivery = delivery
-        self.keys = keys
-        self.shown = shown.encode()  # for stdout
-        self.log_line = render_log_line(line, delivery.key).encode()
-        self.is_done = False
-        self.error = ""  # why it was not stored
+    delivery: Delivery
+    keys: DedupKeys
+    shown: bytes  # for stdout
+    log_line: bytes
+    is_done: bool = False
+    error: str = ""  # why it was not stored
 
 
 def open_log(path: str) -> int:
     """Open a log for appending, and create it if it does not exist; return its descriptor.
 
-    Raises:
-        OutputError: it cannot be opened, or is not a regular file.
+    Raises OutputError if it cannot be opened, or is not a regular file.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
     try:
@@ -1404,11 +1333,7 @@ class LogFile:
     """
 
     def __init__(self, path: str) -> None:
-        """Open the file, for this process alone, and create it if it does not exist.
-
-        Raises:
-            OutputError: it cannot be opened, is not a regular file, or is in use.
-        """
+        """Open the file, for this process alone. Raises OutputError if that is not possible."""
         self.path = path
         self.descriptor = open_log(path)
         try:
@@ -1425,24 +1350,18 @@ class LogFile:
             in_use = isinstance(error, BlockingIOError)
             reason = "another receiver writes to it" if in_use else error.strerror
             raise OutputError(f"webclient_info.log_file: {path}: {reason}") from None
-        self.sync_folder()
+        with contextlib.suppress(OSError):  # CIFS, FUSE and Windows cannot sync a folder
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the name of a new file must survive a power loss too
+            finally:
+                os.close(folder)
         if self.line_end:
             log.warning("%s: ends with a half line, which the next write ends", path)
 
-    def sync_folder(self) -> None:
-        """Sync the folder: the name of a new file must survive a power loss too."""
-        with contextlib.suppress(OSError):  # CIFS and FUSE cannot, Windows neither
-            folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
     def close(self) -> None:
-        """Close the file, if it is open."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        """Close the file."""
+        os.close(self.descriptor)
 
     def has_lost_name(self) -> bool:
         """Return True if the file was moved, deleted or replaced since it was opened."""
@@ -1472,9 +1391,7 @@ class LogFile:
             left -= len(line)
             stored += left >= 0
         try:
-            getattr(os, "fdatasync", os.fsync)(
-                self.descriptor
-            )  # macOS and Windows have no fdatasync
+            getattr(os, "fdatasync", os.fsync)(self.descriptor)  # macOS has no fdatasync
         except OSError as error:
             return 0, f"{self.path}: {error.strerror}"
         return stored, failure
@@ -1491,10 +1408,9 @@ class Output:
     def __init__(
         self, log_file: Optional[str], write_timeout: float, render: Callable[[Delivery], str]
     ) -> None:
-        """Open the log. `write_timeout` is in seconds; `render` is for stdout.
+        """Open the log; `write_timeout` is in seconds, `render` is for stdout.
 
-        Raises:
-            OutputError: stdout is closed, or the log cannot be opened.
+        Raises OutputError if stdout is closed, or the log cannot be opened.
         """
         self.write_timeout = write_timeout
         self.render = render
@@ -1523,13 +1439,13 @@ class Output:
     def write(self, delivery: Delivery, keys: DedupKeys) -> None:
         """Write a delivery to stdout, and then to the log, there on disk.
 
-        Raises:
-            OutputError: it is not stored. If a write hangs, it may be stored later.
+        Raises OutputError if it is not stored. If a write hangs, it may be stored later.
         """
         deadline = time.monotonic() + self.write_timeout
         line = render_json(delivery)
         shown = line if self.render is render_json else self.render(delivery)
-        entry = Entry(delivery, keys, shown, line)
+        log_line = f'{line[:-2]}, "key": {json.dumps(delivery.key)}}}\n'
+        entry = Entry(delivery, keys, shown.encode(), log_line.encode())
         self.pending.append(entry)
         if not self.lock.acquire(timeout=self.write_timeout):
             with contextlib.suppress(ValueError):  # it is being written: its writer settles it
@@ -1578,8 +1494,7 @@ class Output:
     def write_stdout(self, data: bytes, deadline: float) -> None:
         """Write to stdout; a half line that a stalled reader has taken is ended first.
 
-        Raises:
-            OutputError: its reader did not take all until `deadline` (monotonic seconds), or is gone.
+        Raises OutputError if its reader is gone, or does not take all until `deadline`.
         """
         # Once poll says that it is ready, a pipe takes PIPE_BUF bytes without blocking, and a
         # terminal one.
@@ -1591,9 +1506,7 @@ class Output:
             while left:
                 wait_ms = max(0, int(1000 * (deadline - time.monotonic())))
                 if self.poll and not self.poll.poll(wait_ms):
-                    raise OutputError(
-                        f"stdout: its reader did not take all within {self.write_timeout:g} s"
-                    )
+                    raise OutputError(f"stdout: not read within {self.write_timeout:g} s")
                 try:
                     written = os.write(STDOUT, left[:size])
                 except BlockingIOError:  # shared with a program that made it non-blocking
@@ -1610,23 +1523,21 @@ class Output:
     def reopen_log(self, path: Optional[str]) -> None:
         """Open the log at `path` if that is not the file that is open; called with the lock held.
 
-        Raises:
-            OutputError: it cannot be opened; the old one stays open.
+        Raises OutputError if it cannot be opened; the old one stays open.
         """
-        if self.log_file and self.log_file.path == path and not self.log_file.has_lost_name():
-            return
-        if self.log_file and self.log_file.path == path:
+        old = self.log_file
+        if old and old.path == path:
+            if not old.has_lost_name():
+                return
             log.info("%s: moved, deleted or replaced, so it is opened again", path)
-        new = LogFile(path) if path else None
-        if self.log_file:
-            self.log_file.close()
-        self.log_file = new
+        self.log_file = LogFile(path) if path else None
+        if old:
+            old.close()
 
     def reload(self, log_file: Optional[str], write_timeout: float) -> None:
         """Go on with another log and time-out, between two writes.
 
-        Raises:
-            OutputError: the log cannot be opened, or a write hangs; everything stays as it was.
+        Raises OutputError if the log cannot be opened, or a write hangs; nothing has changed then.
         """
         if not self.lock.acquire(timeout=self.write_timeout):
             raise OutputError("the output is stuck")
@@ -2357,7 +2268,7 @@ def make_delivery(
     if webhook.type == "central":
         delivery_id = request.headers["x-central-delivery-id"]
         sent_at = request.headers["x-central-delivery-timestamp"]
-    elif verified.sent_at is not None and abs(verified.sent_at) < 1e11:
+    elif verified.sent_at is not None and 0 <= verified.sent_at < 1e11:
         sent_at = format_utc(verified.sent_at)
     key = ".".join([key.hex() for key in keys]) or None
     return Delivery(now, webhook.name, webhook.type, delivery_id, sent_at, request.body, text, key)
@@ -2749,7 +2660,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             text = server.metrics.render(names, server.count_in_flight())
             self.send(200, text, "text/plain; version=0.0.4; charset=utf-8")
         elif server.output.is_failing() or server.is_stopping:
-            self.reply(503, {"error": "unavailable"})
+            self.reply(503, {"error": "service unavailable"})
         else:
             self.reply(200, {"status": "ok"})
 
@@ -2778,7 +2689,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             or server.is_full()
         )
         lines = [
-            f"HTTP/1.1 {status} {self.responses[status][0]}",
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
             f"Date: {self.date_time_string()}",
             f"Content-Type: {content_type}",
             f"Content-Length: {len(body)}",
@@ -2822,7 +2733,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         elif status == 503:
             headers = ["Retry-After: 1"]
         with contextlib.suppress(OSError):  # the sender is gone
-            self.reply(status, {"error": ERRORS[status]}, *headers)
+            self.reply(status, {"error": HTTPStatus(status).phrase.lower()}, *headers)
 
     def linger(self) -> None:
         """Read and drop what still comes, for a while.
