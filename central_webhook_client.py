@@ -1303,6 +1303,7 @@ class Entry:
 
     delivery: Delivery
     keys: DedupKeys
+    replay_cache: ReplayCache
     shown: bytes  # for stdout
     log_line: bytes
     is_done: bool = False
@@ -1402,7 +1403,7 @@ class Output:
 
     Many threads write. Each adds its entry to the pending ones and takes the lock; the one that
     gets it writes all that are pending, with one sync (group commit), and the others find theirs
-    done. `settle` is called with each entry in the order of the log, while the lock is held.
+    done. In the order of the log, the replay caches and `handle_alert` get to know what is stored.
     """
 
     def __init__(
@@ -1414,7 +1415,7 @@ class Output:
         """
         self.write_timeout = write_timeout
         self.render = render
-        self.settle: Callable[[Entry], None] = lambda entry: None
+        self.alert_worker = AlertWorker(handle_alert) if handle_alert else None
         self.lock = threading.Lock()
         self.pending: collections.deque[Entry] = collections.deque()
         self.error = ""  # why the last write failed
@@ -1436,8 +1437,8 @@ class Output:
         is_late = started is not None and time.monotonic() - started > self.write_timeout
         return bool(self.error) or is_late
 
-    def write(self, delivery: Delivery, keys: DedupKeys) -> None:
-        """Write a delivery to stdout, and then to the log, there on disk.
+    def write(self, delivery: Delivery, keys: DedupKeys, replay_cache: ReplayCache) -> None:
+        """Write a delivery to stdout, and then to the log, there on disk; commit its keys.
 
         Raises OutputError if it is not stored. If a write hangs, it may be stored later.
         """
@@ -1445,13 +1446,12 @@ class Output:
         line = render_json(delivery)
         shown = line if self.render is render_json else self.render(delivery)
         log_line = f'{line[:-2]}, "key": {json.dumps(delivery.key)}}}\n'
-        entry = Entry(delivery, keys, shown.encode(), log_line.encode())
+        entry = Entry(delivery, keys, replay_cache, shown.encode(), log_line.encode())
         self.pending.append(entry)
         if not self.lock.acquire(timeout=self.write_timeout):
-            with contextlib.suppress(ValueError):  # it is being written: its writer settles it
+            with contextlib.suppress(ValueError):  # its writer is at it, and will commit it or not
                 self.pending.remove(entry)
-                entry.error = "not written"
-                self.settle(entry)
+                replay_cache.release(keys)
             raise OutputError(f"not written within {self.write_timeout:g} s")
         try:
             if not entry.is_done:
@@ -1480,9 +1480,14 @@ class Output:
             stored = 0
             failure = str(error) if isinstance(error, OutputError) else repr(error)
         for number, entry in enumerate(batch):
-            entry.error = "" if number < stored else failure
             entry.is_done = True
-            self.settle(entry)
+            if number >= stored:
+                entry.error = failure
+                entry.replay_cache.release(entry.keys)
+                continue
+            entry.replay_cache.commit(entry.keys)
+            if self.alert_worker:
+                self.alert_worker.put(entry.delivery)
         if failure != self.error:
             if failure:
                 log.error("output: %s", failure)
@@ -1645,26 +1650,22 @@ class RateLimit:
     """Allows REJECTION_LINES_PER_SECOND events a second, and counts the others. Thread-safe."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.second = 0
-        self.count = 0
+        self.events = itertools.count()
 
     def allows(self) -> bool:
         """Count one more event; return True if it is within the limit."""
-        with self.lock:
-            self.count += 1
-            return self.count <= REJECTION_LINES_PER_SECOND
+        return next(self.events) < REJECTION_LINES_PER_SECOND
 
     def start_second(self) -> int:
         """Return how many events of a second that is over were beyond the limit."""
-        with self.lock:
-            second = int(time.monotonic())
-            if second == self.second:
-                return 0
-            beyond = max(0, self.count - REJECTION_LINES_PER_SECOND)
-            self.second = second
-            self.count = 0
-            return beyond
+        second = int(time.monotonic())
+        if second == self.second:
+            return 0
+        self.second = second
+        count = next(self.events)
+        self.events = itertools.count()
+        return max(0, count - REJECTION_LINES_PER_SECOND)
 
 
 # ---- Configuration --------------------------------------------------------------------------
@@ -2420,7 +2421,7 @@ class DeadlineReader(io.RawIOBase):
     """The receiving half of a connection: each read gets the time that is left to a deadline."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
-        """`deadline` is in monotonic seconds, and may be changed at any time."""
+        """Set the deadline, in monotonic seconds; it may be changed at any time."""
         super().__init__()
         self.connection = connection
         self.deadline = deadline
@@ -2430,18 +2431,12 @@ class DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Receive what has arrived, or wait for it.
-
-        Raises:
-            Refusal: timeout. The clock decides, so that a sender that drips cannot win.
-        """
+        """Receive what has arrived, or wait for it. Raises Refusal: timeout."""
         left = self.deadline - time.monotonic()
-        try:
-            if left > 0:
+        with contextlib.suppress(socket.timeout):
+            if left > 0:  # the clock decides: a sender that drips must not win
                 self.connection.settimeout(left)
                 return self.connection.recv_into(buffer)
-        except socket.timeout:
-            pass
         raise Refusal("timeout", "the request was not complete in time")
 
 
@@ -2489,17 +2484,15 @@ class WebhookHandler(BaseHTTPRequestHandler):
         """
         self.close_connection = False
         try:
-            start = self.rfile.peek(1)[:1]
-            while start == b"\r":
+            while self.rfile.peek(1)[:1] == b"\r":
                 if self.rfile.read(2) != b"\r\n":
                     raise Refusal("malformed", "a carriage return before the request")
-                start = self.rfile.peek(1)[:1]
+            self.close_connection = not self.rfile.peek(1)
         except Refusal as refusal:
             if refusal.reason != "timeout" or self.is_first:
                 raise
-            start = b""
-        if not start:
-            self.close_connection = True
+            self.close_connection = True  # idle for too long
+        if self.close_connection:
             return
         self.server.idle.discard(self.connection)
         if not self.is_first:
@@ -2508,16 +2501,10 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.is_first = False
 
     def read_line(self, limit: int, reason: str) -> bytes:
-        """Read a line with its CRLF.
-
-        Raises:
-            Refusal: `reason` if it is longer than `limit` bytes; malformed, timeout.
-        """
+        """Read a line with its CRLF. Raises Refusal: `reason` above `limit`, malformed, timeout."""
         line = self.rfile.readline(limit + 2)
         if line.endswith(b"\r\n"):
             return line
-        if line.startswith((b"\x16\x03", b"\0\r\nQUIT")):
-            raise Refusal("malformed", diagnose_request_line(line))
         if line.endswith(b"\n"):
             raise Refusal("malformed", "a line ends without CR")
         if len(line) == limit + 2:
@@ -2527,10 +2514,9 @@ class WebhookHandler(BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Read and parse the request line and the header (RFC 9112).
 
-        Raises:
-            Refusal: malformed, version, target_too_long, headers_too_large, timeout.
+        Raises Refusal: malformed, version, target_too_long, headers_too_large, timeout.
         """
-        if self.rfile.peek(1)[:1] in (b"\x16", b"\0"):  # neither will end its line
+        if self.rfile.peek(1)[:1] in (b"\x16", b"\0"):  # TLS, PROXY: neither ends its line
             raise Refusal("malformed", diagnose_request_line(self.rfile.peek(7)))
         line = self.read_line(MAX_REQUEST_LINE_BYTES, "target_too_long")
         method, path, query, version = parse_request_line(line)
@@ -2557,8 +2543,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
     def read_body(self) -> None:
         """Read the body of the request, after a 100 Continue if the sender waits for it.
 
-        Raises:
-            Refusal: malformed, body_too_large, headers_too_large, timeout.
+        Raises Refusal: malformed, body_too_large, headers_too_large, timeout.
         """
         expect = self.headers.get("expect", "").lower()
         is_http11 = self.request_version == "HTTP/1.1"
@@ -2579,8 +2564,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
     def read_chunked(self) -> bytes:
         """Read and decode a chunked body (RFC 9112 section 7.1); trailers are checked and dropped.
 
-        Raises:
-            Refusal: malformed, body_too_large, headers_too_large, timeout.
+        Raises Refusal: malformed, body_too_large, headers_too_large, timeout.
         """
         limit = self.server.config.max_body_bytes
         body = bytearray()
@@ -2610,8 +2594,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Handle a delivery: verify, check that it is recent and new, store, answer.
 
-        Raises:
-            Refusal: it is not accepted. Nothing is lost: the sender may send it again.
+        Raises Refusal if it is not accepted. Nothing is lost: the sender may send it again.
         """
         server = self.server
         request = self.parsed
@@ -2623,17 +2606,13 @@ class WebhookHandler(BaseHTTPRequestHandler):
         check_age(verified.sent_at, signed_time, config.replay_window_seconds, now)
         server.log_old_token(webhook, verified.token_index)
         keys = dedup_keys(config.type, request)
+        delivery = make_delivery(config, request, verified, keys, now)
         if not webhook.replay_cache.reserve(keys):
             server.metrics.count(config.name, "duplicate", len(request.body))
             self.reply(200, {"status": "duplicate"})
             return
         try:
-            delivery = make_delivery(config, request, verified, keys, now)
-        except BaseException:
-            webhook.replay_cache.release(keys)
-            raise
-        try:
-            server.output.write(delivery, keys)  # commits or releases the keys: settle
+            server.output.write(delivery, keys, webhook.replay_cache)
         except OutputError as error:
             raise Refusal("output", str(error)) from None
         server.metrics.count(config.name, "accepted", len(request.body))
@@ -2656,8 +2635,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         """Answer /health or /metrics."""
         server = self.server
         if self.path == "/metrics":
-            names = [webhook.config.name for webhook in server.webhooks]
-            text = server.metrics.render(names, server.count_in_flight())
+            text = server.metrics.render(server.count_in_flight())
             self.send(200, text, "text/plain; version=0.0.4; charset=utf-8")
         elif server.output.is_failing() or server.is_stopping:
             self.reply(503, {"error": "service unavailable"})
@@ -2673,8 +2651,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
     def send(self, status: int, body: bytes, content_type: str, *headers: str) -> None:
         """Send an answer in one piece, and decide whether the connection goes on.
 
-        Raises:
-            OSError: the sender is gone, or does not read its answer in time.
+        Raises OSError if the sender is gone, or does not read its answer in time.
         """
         server = self.server
         request = self.parsed
@@ -2700,8 +2677,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.connection.settimeout(server.config.request_timeout_seconds)
         self.wfile.write(head if request.method == "HEAD" else head + body)
         self.reader.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%d to %s: %s", status, self.peer(), body[:100].decode())
+        log.debug("%d to %s: %s", status, self.client_address, body[:100])
         if is_refusal or (self.close_connection and server.is_stopping):
             self.linger()
 
@@ -2736,10 +2712,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             self.reply(status, {"error": HTTPStatus(status).phrase.lower()}, *headers)
 
     def linger(self) -> None:
-        """Read and drop what still comes, for a while.
-
-        To close a connection that has unread data resets it, and the sender loses the answer.
-        """
+        """Read and drop what still comes, for a while: closing with unread data loses the answer."""
         self.server.idle.add(self.connection)
         with contextlib.suppress(OSError, Refusal):
             self.connection.shutdown(socket.SHUT_WR)
@@ -2750,17 +2723,13 @@ class WebhookHandler(BaseHTTPRequestHandler):
     def peer(self) -> str:
         """Return who sent the request: the last of X-Forwarded-For if a trusted proxy did."""
         address = str(self.client_address[0]) if self.client_address else ""
-        if address and not is_trusted(address, self.server.config.trusted_proxies):
-            return address
+        if address:  # it is empty for a Unix socket
+            parsed = ipaddress.ip_address(address.partition("%")[0])
+            parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+            if not any(parsed in network for network in self.server.config.trusted_proxies):
+                return address
         forwarded = self.parsed.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
         return parse_forwarded_address(forwarded) or address or "localhost"
-
-
-def is_trusted(address: str, networks: Sequence[Network]) -> bool:
-    """Return True if an IP address, IPv4 mapped into IPv6 included, is in one of the networks."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-    return any(parsed in network for network in networks)
 
 
 def parse_forwarded_address(text: str) -> str:
@@ -2775,11 +2744,7 @@ def parse_forwarded_address(text: str) -> str:
 
 
 def listen_on(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Raises:
-        StartError: the address cannot be bound.
-    """
+    """Return a listening socket. Raises StartError if the address cannot be bound."""
     if host == "localhost":
         host = "127.0.0.1"
     try:
@@ -2814,9 +2779,7 @@ class WebhookServer(ThreadingHTTPServer):
         self.config = config
         self.webhooks = tuple(ActiveWebhook(webhook) for webhook in config.webhooks)
         self.output = output
-        self.output.settle = self.settle
-        self.alert_worker = AlertWorker(handle_alert) if handle_alert else None
-        self.metrics = Metrics()
+        self.metrics = Metrics(webhook.name for webhook in config.webhooks)
         self.rejections = RateLimit()
         self.is_stopping = False
         self.connections: set[socket.socket] = set()
@@ -2832,11 +2795,7 @@ class WebhookServer(ThreadingHTTPServer):
         return len(self.connections) >= self.config.max_connections
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection, as soon as there is a place for it.
-
-        Raises:
-            OSError: there is none for now; the caller tries again.
-        """
+        """Accept a connection. Raises OSError if there is no place for now: `serve_forever` retries."""
         with self.changed:
             if not self.changed.wait_for(lambda: not self.is_full(), 0.1):
                 raise BlockingIOError("max_connections are open")
@@ -2897,10 +2856,9 @@ class WebhookServer(ThreadingHTTPServer):
         return max(0, len(self.connections) - len(self.idle))
 
     def route(self, request: Request) -> Sequence[ActiveWebhook]:
-        """Return the webhooks that a request may be for; none for a path of our own.
+        """Return the webhooks that a request may be for; none for a path of the receiver itself.
 
-        Raises:
-            Refusal: not_found, method.
+        Raises Refusal: not_found, method.
         """
         path = request.path
         is_reserved = path in RESERVED_PATHS
@@ -2912,18 +2870,6 @@ class WebhookServer(ThreadingHTTPServer):
         if request.method not in (("GET", "HEAD") if is_reserved else ("POST",)):
             raise Refusal("method", f"{request.method[:20]} on {path[:200]!r}")
         return webhooks
-
-    def settle(self, entry: Entry) -> None:
-        """Remember a delivery that was stored and hand it to `handle_alert`, or give it up."""
-        delivery = entry.delivery
-        for webhook in self.webhooks:
-            if webhook.config.name == delivery.webhook:
-                if entry.error:
-                    webhook.replay_cache.release(entry.keys)
-                else:
-                    webhook.replay_cache.commit(entry.keys)
-        if self.alert_worker and not entry.error:
-            self.alert_worker.put(delivery)
 
     def log_old_token(self, webhook: ActiveWebhook, token_index: int) -> None:
         """Log that a token other than the first is still in use, at most once a minute."""
@@ -2952,8 +2898,7 @@ class WebhookServer(ThreadingHTTPServer):
     def reload(self, config: Config) -> None:
         """Swap in a new configuration, between two writes; what is remembered stays.
 
-        Raises:
-            OutputError: its log cannot be used; the old configuration stays whole.
+        Raises OutputError if its log cannot be used; the old configuration stays whole.
         """
         if (config.host, config.port) != (self.config.host, self.config.port):
             log.warning("host and port change with a restart only")
@@ -2976,6 +2921,7 @@ class WebhookServer(ThreadingHTTPServer):
                 unknown.append(webhook)
             webhooks.append(webhook)
         self.restore(unknown)
+        self.metrics.add_webhooks(webhook.name for webhook in config.webhooks)
         self.config = replace(config, host=self.config.host, port=self.config.port)
         self.webhooks = tuple(webhooks)
 
@@ -2988,91 +2934,79 @@ class WebhookServer(ThreadingHTTPServer):
             while True:
                 self.process_request(*self.get_request())
         self.server_close()
-        self.wait_until_closed(DRAIN_QUIET_SECONDS)
+        wait_until(lambda: not self.connections, DRAIN_QUIET_SECONDS)
         for connection in list(self.idle):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
-        self.wait_until_closed(deadline - time.monotonic())
-        if self.alert_worker:
-            self.alert_worker.drain(DRAIN_SECONDS)
-
-    def wait_until_closed(self, seconds: float) -> None:
-        """Wait until all connections are closed, at most `seconds`."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self.connections, seconds)
+        wait_until(lambda: not self.connections, deadline - time.monotonic())
+        if self.output.alert_worker:
+            self.output.alert_worker.drain(DRAIN_SECONDS)
 
 
 # ---- Metrics --------------------------------------------------------------------------------
 
 
-class Metrics:
-    """Counters in the text format of Prometheus; labels are names of ours. Thread-safe."""
+METRICS = {  # name: type, help
+    "deliveries_total": ("counter", "Requests by webhook (empty: none is known) and result."),
+    "last_accepted_timestamp_seconds": ("gauge", "Time of the last accepted delivery, 0: none."),
+    "not_json_total": ("counter", "Accepted deliveries whose body is not JSON."),
+    "body_bytes_total": ("counter", "Bytes of bodies received."),
+    "requests_in_flight": ("gauge", "Requests being handled."),
+}
 
-    def __init__(self) -> None:
+
+def metric_labels(webhook: str, **labels: str) -> str:
+    """Return labels as Prometheus writes them; it quotes and escapes as JSON does."""
+    pairs = {"webhook": webhook, **labels}.items()
+    return ",".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in pairs)
+
+
+class Metrics:
+    """Metrics in the text format of Prometheus; no label comes from a sender. Thread-safe."""
+
+    def __init__(self, webhooks: Iterable[str]) -> None:
+        """Set all series of these webhooks to 0."""
         self.lock = threading.Lock()
-        self.results: collections.Counter[tuple[str, str]] = collections.Counter()
-        self.not_json: collections.Counter[str] = collections.Counter()
-        self.last_accepted: dict[str, float] = {}
-        self.body_bytes = 0
+        self.series: dict[str, dict[str, float]] = {name: {} for name in METRICS}  # by labels
+        self.add_webhooks(webhooks)
+        self.series["body_bytes_total"][""] = 0
+
+    def add_webhooks(self, webhooks: Iterable[str]) -> None:
+        """Set the series of webhooks to 0 that do not exist yet."""
+        with self.lock:
+            for webhook in ("", *webhooks):
+                for result in (*REFUSALS, "accepted", "duplicate"):
+                    labels = metric_labels(webhook, result=result)
+                    self.series["deliveries_total"].setdefault(labels, 0)
+                if webhook:
+                    labels = metric_labels(webhook)
+                    self.series["last_accepted_timestamp_seconds"].setdefault(labels, 0)
+                    self.series["not_json_total"].setdefault(labels, 0)
 
     def count(self, webhook: str, result: str, body_bytes: int) -> None:
         """Count a request; `webhook` is "" if it belongs to none."""
         with self.lock:
-            self.results[webhook, result] += 1
-            self.body_bytes += body_bytes
+            self.series["deliveries_total"][metric_labels(webhook, result=result)] += 1
+            self.series["body_bytes_total"][""] += body_bytes
             if result == "accepted":
-                self.last_accepted[webhook] = time.time()
+                labels = metric_labels(webhook)
+                self.series["last_accepted_timestamp_seconds"][labels] = round(time.time(), 3)
 
     def count_not_json(self, webhook: str) -> None:
         """Count an accepted delivery whose body is not JSON."""
         with self.lock:
-            self.not_json[webhook] += 1
+            self.series["not_json_total"][metric_labels(webhook)] += 1
 
-    def render(self, webhooks: Sequence[str], in_flight: int) -> bytes:
-        """Return the text; all series of the named webhooks exist."""
+    def render(self, in_flight: int) -> bytes:
+        """Return the text."""
+        lines = []
         with self.lock:
-            results = self.results.copy()
-            not_json = self.not_json.copy()
-            last_accepted = self.last_accepted.copy()
-        for pair in itertools.product(["", *webhooks], [*REFUSALS, "accepted", "duplicate"]):
-            results.setdefault(pair, 0)
-        for name in webhooks:
-            not_json.setdefault(name, 0)
-            last_accepted.setdefault(name, 0.0)
-
-        def label(name: str) -> str:
-            return json.dumps(name, ensure_ascii=False)  # it quotes and escapes as Prometheus does
-
-        lines: list[str] = []
-
-        def add(metric: str, kind: str, about: str, samples: Iterable[str]) -> None:
-            name = f"central_webhook_{metric}"
-            lines.extend((f"# HELP {name} {about}", f"# TYPE {name} {kind}"))
-            lines.extend(f"{name}{sample}" for sample in samples)
-
-        add(
-            "deliveries_total",
-            "counter",
-            "Requests by webhook (empty: none of those configured) and result.",
-            [
-                f'{{webhook={label(name)},result="{result}"}} {count}'
-                for (name, result), count in sorted(results.items())
-            ],
-        )
-        add(
-            "last_accepted_timestamp_seconds",
-            "gauge",
-            "Time of the last accepted delivery, 0 before the first.",
-            [f"{{webhook={label(name)}}} {at:.3f}" for name, at in sorted(last_accepted.items())],
-        )
-        add(
-            "not_json_total",
-            "counter",
-            "Accepted deliveries whose body is not JSON.",
-            [f"{{webhook={label(name)}}} {count}" for name, count in sorted(not_json.items())],
-        )
-        add("body_bytes_total", "counter", "Bytes of bodies received.", [f" {self.body_bytes}"])
-        add("requests_in_flight", "gauge", "Requests being handled.", [f" {in_flight}"])
+            self.series["requests_in_flight"][""] = in_flight
+            for metric, (metric_type, about) in METRICS.items():
+                name = f"central_webhook_{metric}"
+                lines.extend([f"# HELP {name} {about}", f"# TYPE {name} {metric_type}"])
+                for labels, value in sorted(self.series[metric].items()):
+                    lines.append(f"{name}{{{labels}}} {value}" if labels else f"{name} {value}")
         return ("\n".join(lines) + "\n").encode()
 
 
@@ -3100,8 +3034,7 @@ def notify(*lines: str) -> None:
 def inherited_socket() -> Optional[socket.socket]:
     """Return the listening socket that systemd has passed (sd_listen_fds(3)), None without one.
 
-    Raises:
-        StartError: there is more than one, or it does not listen.
+    Raises StartError if there is more than one, or it does not listen.
     """
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or count in ("", "0"):
