@@ -549,8 +549,7 @@ def parse_item(text: str, parameters: str = "") -> Item:
 def parse_dictionary(text: str) -> dict[str, Item]:
     """Parse a structured field that is a dictionary (section 4.2.2). A key that occurs twice is an error, unlike there.
 
-    Raises:
-        SignatureError: the field is malformed.
+    Raises SignatureError: the field is malformed.
     """
     text = text.strip(" ")
     match = re.match(_SF_DICTIONARY, text)  # takes as much as is well-formed
@@ -944,8 +943,7 @@ class JwksClient:
     def signing_keys(self, kid: Optional[str], algorithm: str) -> tuple[str, list[RsaKey]]:
         """Return the issuer, and the keys that a token with this key ID and algorithm may be signed with.
 
-        Raises:
-            Refusal: the provider has never given its keys.
+        Raises Refusal: the provider has never given its keys.
         """
         if self.lock.acquire(
             blocking=not self.fitting(kid, algorithm)
@@ -1002,8 +1000,7 @@ def http_request(
 ) -> tuple[int, bytes]:
     """Send a request; return status and body of the answer, of which it reads MAX_ANSWER_BYTES and one. No redirects.
 
-    Raises:
-        OSError, ValueError, http.client.HTTPException: there is no answer, or none in time.
+    Raises OSError, ValueError, http.client.HTTPException: there is no answer, or none in time.
     """
     parts, host = split_url(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -1706,7 +1703,7 @@ class Option(NamedTuple):
     """A key of the configuration. A default of REQUIRED means that the key must be there."""
 
     expected: str
-    parse: Callable[[Any], Any]  # returns the value to use, or raises ValueError
+    parse: Callable[[Any], Any] = lambda value: value  # or raises ValueError
     default: Any = None
 
 
@@ -1717,11 +1714,6 @@ def parse_text(value: Any) -> str:
     """Accept a string that is not empty, without white space around it or control characters."""
     if not isinstance(value, str) or value != value.strip() or not value or _UNSAFE.search(value):
         raise ValueError
-    return value
-
-
-def parse_later(value: Any) -> Any:
-    """Accept everything: the caller parses it."""
     return value
 
 
@@ -1803,8 +1795,8 @@ def parse_token_path(value: Any) -> str:
 
 
 PATH = r"a path (\\ stands for one backslash)"
-SECRETS = Option("a string or an array of strings", parse_later)
-OBJECT = Option("an object", parse_later)
+SECRETS = Option("a string or an array of strings")
+OBJECT = Option("an object")
 TOP_OPTIONS = {"webclient_info": OBJECT, "central_info": OBJECT}
 CENTRAL_OPTIONS = {"webhook": OBJECT}
 WEBCLIENT_OPTIONS = {
@@ -2045,8 +2037,7 @@ def load_webhooks(found: Any, folder: str, errors: list[str]) -> tuple[Webhook, 
 def read_config(data: bytes, folder: str = "") -> Config:
     """Read a configuration, and the token files that it names, relative to `folder`.
 
-    Raises:
-        ConfigError: one argument for each error.
+    Raises ConfigError: one argument for each error.
     """
     parsed, repeated = parse_config_json(data)
     errors = [f"{name}: the key is repeated" for name in repeated]
@@ -2066,8 +2057,7 @@ def read_config(data: bytes, folder: str = "") -> Config:
 def parse_config_json(data: bytes) -> tuple[Any, list[str]]:
     """Parse JSON as `parse_json` does, with errors in the operator's terms.
 
-    Raises:
-        ConfigError: the data is not JSON in UTF-8.
+    Raises ConfigError: the data is not JSON in UTF-8.
     """
     if b"\0" in data:
         raise ConfigError("expected UTF-8, found UTF-16: save the file as UTF-8")
@@ -2124,13 +2114,11 @@ def diagnose_json(text: str, error: json.JSONDecodeError) -> str:
 def load_config(path: str) -> Config:
     """Load a configuration file, and warn about files with secrets that others can read.
 
-    Raises:
-        ConfigError: one argument for each error.
+    Raises ConfigError: one argument for each error.
     """
     try:
         with open(path, "rb") as file:
-            data = file.read()
-        config = read_config(data, os.path.dirname(path))
+            config = read_config(file.read(), os.path.dirname(path))
         secret_files = {webhook.token_file or path for webhook in config.webhooks}
         secret_files.update(path for webhook in config.webhooks if webhook.api_key)
         for name in sorted(secret_files):
@@ -2191,8 +2179,7 @@ class ActiveWebhook:
 def check_signature(webhook: Webhook, request: Request, now: float) -> Verified:
     """Check the signature of a request against the tokens of a webhook.
 
-    Raises:
-        SignatureError: no token matches; then why the last one does not.
+    Raises SignatureError: no token matches; then why the last one does not.
     """
     if webhook.public_url:
         return verify_message_signature(request, webhook.tokens, webhook.public_url, now)
@@ -2217,8 +2204,7 @@ def check_signature(webhook: Webhook, request: Request, now: float) -> Verified:
 def check_webhook(webhook: ActiveWebhook, request: Request, now: float) -> Verified:
     """Check everything that a webhook demands of its sender: signature, API key, access token.
 
-    Raises:
-        Refusal: a check fails.
+    Raises Refusal: a check fails.
     """
     config = webhook.config
     try:
@@ -2242,8 +2228,7 @@ def check_webhooks(
 ) -> tuple[ActiveWebhook, Verified]:
     """Return the first webhook whose checks all pass, and what its signature says.
 
-    Raises:
-        Refusal: that of the webhook that passed the most checks.
+    Raises Refusal: that of the webhook that passed the most checks.
     """
     refusals = []
     for webhook in webhooks:
@@ -2325,8 +2310,7 @@ _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*\r\n".en
 def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
     """Return method, path, query and version of a request line (RFC 9112 section 3).
 
-    Raises:
-        Refusal: malformed, version.
+    Raises Refusal: malformed, version.
     """
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
@@ -2359,8 +2343,7 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
 
     Also return the names that are repeated; their values are joined with ", ".
 
-    Raises:
-        Refusal: malformed, headers_too_large.
+    Raises Refusal: malformed, headers_too_large.
     """
     text = fields.decode("latin-1")
     found = _FIELD.findall(text)
@@ -2385,8 +2368,7 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
 def parse_body_length(request: Request, max_body_bytes: int) -> Optional[int]:
     """Return the length of the body in bytes, None if it is chunked (RFC 9112 section 6).
 
-    Raises:
-        Refusal: malformed, coding, no_length, body_too_large.
+    Raises Refusal: malformed, coding, no_length, body_too_large.
     """
     length = request.headers.get("content-length")
     coding = request.headers.get("transfer-encoding")
@@ -3112,37 +3094,27 @@ def stay_on_one_processor() -> None:
 
 # ---- Command line ---------------------------------------------------------------------------
 
-SAMPLE = {"type": "sample", "text": "This is a sample, sent with --send-sample"}
-SAMPLES: dict[
-    str, dict[str, Any]
-] = {  # of these senders more is documented; times are added when a sample is signed
+SAMPLE_TEXT = "This is a sample, sent with --send-sample"
+SAMPLES: dict[str, dict[str, Any]] = {  # of these senders more is documented than of the others
     "central": {
         "id": "AWsample0001",
-        "nid": 4,
         "alert_type": "AP disconnected",
         "state": "Open",
         "severity": "Critical",
-        "setting_id": "sample-customer-4",
         "description": "AP sample-ap-1 disconnected",
         "device_id": "CNSAMPLE01",
         "details": {"hostname": "sample-ap-1", "serial": "CNSAMPLE01", "site": "Sample site"},
-        "operation": "create",
-        "text": SAMPLE["text"],
-        "webhook": "sample",
+        "text": SAMPLE_TEXT,
     },
     "new-central": {
         "id": "sample-event",
         "alertId": "sample-alert",
         "name": "AP Down",
-        "category": "Availability",
-        "deviceType": "ACCESS_POINT",
         "severity": "Critical",
-        "operation": "Add",
         "state": "Active",
-        "siteId": "1",
-        "summary": SAMPLE["text"],
+        "summary": SAMPLE_TEXT,
     },
-    "mist": {"topic": "alarms", "events": [{"type": "device_down", "site_id": "sample-site"}]},
+    "mist": {"topic": "alarms", "events": [{"type": "device_down", "text": SAMPLE_TEXT}]},
 }
 
 
@@ -3151,7 +3123,7 @@ def sign_sample(
 ) -> tuple[dict[str, str], bytes]:
     """Return the headers and the body of a sample alert, signed with the first token."""
     times = {"timestamp": int(now), "time": format_utc(now)}
-    payload = {**SAMPLES.get(webhook.type, SAMPLE), **times, "sample": number}
+    payload = {**SAMPLES.get(webhook.type, {"text": SAMPLE_TEXT}), **times, "sample": number}
     headers = {"content-type": JSON, "date": email.utils.formatdate(now, usegmt=True)}
     if webhook.api_key and webhook.api_key.header:
         headers[webhook.api_key.header] = webhook.api_key.values[0]
@@ -3242,16 +3214,12 @@ def run_demo(render: Callable[[Delivery], str]) -> int:
 def check_config(config: Config) -> int:
     """Say what a start would do, and check that it could, short of taking the port.
 
-    Raises:
-        OutputError, StartError: it could not.
+    Raises OutputError, StartError: it could not.
     """
-    lines = [f"listens on {config.host} port {config.port}"]
-    if config.log_file:
-        lines.append(f"log_file: {config.log_file}")
-    else:
-        lines.append("no log_file: a 200 is only as safe as what reads stdout")
+    log_file = config.log_file or "none, so a 200 is only as safe as what reads stdout"
+    lines = [f"host: {config.host}; port: {config.port}", f"log_file: {log_file}"]
     lines.extend(describe_webhook(webhook) for webhook in config.webhooks)
-    print(*[line.encode("ascii", "backslashreplace").decode() for line in lines], sep="\n")
+    print(*[ascii(line)[1:-1] for line in lines], sep="\n")
     check_handle_alert()
     listen_on(config.host, 0).close()
     if config.log_file:
@@ -3276,34 +3244,16 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("-i", "--input", metavar="FILE", help="the configuration, see input_info.json.example")
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument(
-        "-t", "--check-config", action="store_true", help="check the configuration and exit"
-    )
-    modes.add_argument(
-        "--send-sample",
-        nargs="?",
-        const="",
-        metavar="URL",
-        help="send a signed sample alert to URL (default: the configured address) and exit",
-    )
-    modes.add_argument(
-        "--demo", action="store_true", help="show the receiver at work; needs no configuration"
-    )
+    mode = parser.add_mutually_exclusive_group().add_argument
+    mode("-t", "--check-config", action="store_true", help="check the configuration and exit")
+    sample = "send a signed sample alert to URL (default: the configured address) and exit"
+    mode("--send-sample", nargs="?", const="", metavar="URL", help=sample)
+    mode("--demo", action="store_true", help="show the receiver at work; needs no configuration")
     add("--webhook", metavar="NAME", help="with --send-sample: which of several webhooks")
-    add(
-        "--header",
-        metavar="'NAME: VALUE'",
-        action="append",
-        default=[],
-        help="with --send-sample: a header to add",
-    )
-    add(
-        "--format",
-        choices=("auto", "pretty", "json"),
-        default="auto",
-        help="format of stdout; auto: pretty on a terminal, otherwise JSON Lines",
-    )
+    header = "with --send-sample: a header to add, for example an access token"
+    add("--header", metavar="'NAME: VALUE'", action="append", default=[], help=header)
+    formats = "format of stdout; auto: pretty on a terminal, otherwise JSON Lines"
+    add("--format", choices=("auto", "pretty", "json"), default="auto", help=formats)
     add("-v", "--verbose", action="store_true", help="log more")
     add("--version", action="version", version=f"{PROGRAM} {VERSION}")
     options = parser.parse_args(argv)
@@ -3326,8 +3276,7 @@ def choose_render(output_format: str) -> Callable[[Delivery], str]:
 def check_handle_alert() -> None:
     """Check that `handle_alert` is None or a function that runs when it is called.
 
-    Raises:
-        StartError: it is something else, a coroutine function for instance.
+    Raises StartError: it is something else, a coroutine function for instance.
     """
     function = handle_alert.func if isinstance(handle_alert, functools.partial) else handle_alert
     call = getattr(function, "__call__", None)  # noqa: B004
@@ -3340,8 +3289,7 @@ def check_handle_alert() -> None:
 def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
     """Open the outputs, bind, restore the replay caches, and serve until told to stop.
 
-    Raises:
-        OutputError, StartError: it cannot serve.
+    Raises OutputError, StartError: it cannot serve.
     """
     check_handle_alert()
     for number in STOP_SIGNALS:  # until it serves
@@ -3357,11 +3305,10 @@ def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
     listener = inherited_socket() or listen_on(config.host, config.port)
     server = WebhookServer(config, output, listener)
     server.restore(server.webhooks)
-    address: Any = server.server_address
-    shown = os.fsdecode(address) if isinstance(address, (str, bytes)) else "unknown"
+    address: Any = listener.getsockname()
+    shown = f"{address}"
     if isinstance(address, tuple):
-        host, port = address[:2]
-        shown = f"{host} port {port} (http://{format_host(host)}:{port})"
+        shown = f"{address[0]} port {address[1]} (http://{format_host(address[0])}:{address[1]})"
     names = [f"{one.name} ({one.type}, {one.path or 'any path'})" for one in config.webhooks]
     outputs = f"stdout, {config.log_file}" if config.log_file else "stdout"
     text = f"listens on {shown}; webhooks: {', '.join(names)}; output: {outputs}"

@@ -137,7 +137,7 @@ class CheckConfig(Called):
             self.assertEqual((code, stderr), (0, ""))
             lines = stdout.splitlines()
             self.assertEqual(len(lines), 7)
-            self.assertIn("127.0.0.1 port 0", lines[0])
+            self.assertEqual("host: 127.0.0.1; port: 0", lines[0])
             self.assertIn("a 200 is only as safe as what reads stdout", lines[1])
             for name, line in zip(names, lines[2:]):
                 self.assertTrue(line.startswith(name), line)
