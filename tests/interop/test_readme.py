@@ -1,4 +1,4 @@
-"""The commands of README.md that need other programs: git, curl, nginx. Only paths and ports are replaced."""
+"""The commands of README.md that need git, curl or nginx. Only paths and ports are replaced."""
 
 from __future__ import annotations
 
