@@ -275,15 +275,14 @@ class ReferenceTest(unittest.TestCase):
 
     def test_every_option_is_described(self):
         _, text, _ = run_at_once(["--help"], env={**os.environ, "COLUMNS": "200"})[0]
-        options = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text.partition("options:")[2]))
+        options = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
         shown = {
             option
             for row in table("option")
             for code in code_of(row[0])
             for option in re.findall("^-[-a-zA-Z]+", code)
         }
-        if options:  # Python 3.9 has another title above them
-            self.assertEqual(options, shown)
+        self.assertEqual(options, shown)
         used = set(re.findall(r"central_webhook_client\.py [^\n`]*?(--[a-z-]+)", TEXT))
         self.assertEqual(set(), used - shown)
 
@@ -330,11 +329,10 @@ class ReferenceTest(unittest.TestCase):
         for start in known:
             with self.subTest(start):
                 self.assertEqual(1, sum(code.startswith(start) for code in found))
+        loader = unittest.TestLoader()
         for test in EXECUTED.values():
-            *module, name, method = test.split(".")
-            source = TOP.joinpath("tests", *module).with_suffix(".py").read_text(encoding="utf-8")
-            with self.subTest(test):
-                self.assertRegex(source, rf"(?s)class {name}\(.*?    def {method}\(")
+            loader.loadTestsFromName(f"tests.{test}")
+        self.assertEqual([], loader.errors)
 
 
 class ConfigurationTest(unittest.TestCase):
