@@ -1,14 +1,12 @@
-"""README.md, --help, the example and the code say the same; what README.md shows is what comes."""
+"""README.md, --help, the example and the code agree; what README.md shows is what comes back."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,6 @@ from .support import (
     TOKEN,
     TOP,
     Receiver,
-    central_headers,
     config_of,
     deadline_poll,
     new_body,
@@ -34,38 +31,41 @@ from .support import (
 
 README = TOP / "README.md"
 EXAMPLE = TOP / "input_info.json.example"
+NGINX = TOP / "nginx" / "centralwebhook.conf"
 PLACEHOLDER = "expected the real value, found a placeholder"
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 TEXT = README.read_text(encoding="utf-8")
 
-# Every sh block of README.md by how it begins: the test below tests/ that executes it, or why none does.
-CURL = "test_readme.FirstScreenTest.test_the_curl_commands_get_the_answers_that_are_shown"
-QUEUE = "interop.test_recipes.QueueTest.test_each_line_of_the_log_gets_to_a_consumer"
+# Every command of README.md by how it begins: the test below tests/ that executes it.
 EXECUTED = {
-    "python3 central_webhook_client.py --d": "test_readme.FirstScreenTest.test_the_demo_prints_what_is_shown",
-    "(umask 077; sed": CURL,
-    'body=\'{"alert_type":"New AP detected","details":{"serial":"DZ1"}}\'': CURL,
-    'body=\'{"alert_type":"New AP detected","details":{"serial":"DZ2"}}\'': CURL,
+    "python3 central_webhook_client.py --demo\n": (
+        "test_readme.FirstScreenTest.test_the_demo_prints_what_is_shown"
+    ),
+    "(umask 077; cp": "test_readme.FirstScreenTest.test_the_installed_receiver_says_what_is_shown",
     "{ echo": "test_readme.SnippetTest.test_the_copied_section_verifies_on_its_own",
     "grep": "test_readme.ReferenceTest.test_every_security_comment_has_its_row",
-    "python3 central_webhook_client.py -i=input_info.json --format=json |": (
-        "interop.test_recipes.PipeTest.test_jq_picks_alerts_out_of_the_pipe"
+    "git clone": "interop.test_readme.GetItTest.test_the_clone_and_the_download_are_the_program",
+    "sudo cp": "interop.test_readme.NginxTest.test_a_sample_goes_through_nginx_as_installed",
+    "curl -s http://127.0.0.1:8010/health": (
+        "interop.test_readme.MonitoringTest.test_curl_gets_the_health_and_the_metrics"
     ),
-    "title=": "interop.test_recipes.ChatTest.test_a_chat_gets_each_alert",
-    "sqlite3": "interop.test_recipes.SqliteTest.test_each_delivery_is_in_the_database_once",
-    "amqp-declare-queue": QUEUE,
-    "while sleep 1": QUEUE,
+    "curl -s http://127.0.0.1:8010/metrics": (
+        "interop.test_readme.MonitoringTest.test_curl_gets_the_health_and_the_metrics"
+    ),
+    "git pull": "interop.test_readme.UpgradeTest.test_a_new_version_is_tried_before_the_restart",
+    "python3 central_webhook_client.py --demo &&": (
+        "interop.test_readme.UpgradeTest.test_a_new_version_is_tried_before_the_restart"
+    ),
 }
-NOT_EXECUTED = {
-    "(umask 077; cp": "opens an editor",
-    "python3 central_webhook_client.py -i=input_info.json --send-sample": (
-        "needs a public name; interop/test_nginx.py goes through nginx with a name of this machine"
-    ),
-    "sudo cp": "changes the machine; interop/test_nginx.py has an nginx of its own",
-    "sudo systemctl": "changes the machine, and needs a running systemd",
+NOT_EXECUTED = {  # and why
+    "sudo setsebool": "needs a kernel with SELinux",
+    "certbot": "needs a public name",
+    "sudo systemctl daemon-reload": "needs systemd as PID 1; test_systemd.py checks the units",
+    "adduser": "changes the machine",
     "python3 -m tests.benchmark": "takes minutes",
     "python3 -m unittest": "is what runs this test",
 }
+PROGRAMS = "adduser|certbot|curl|git|grep|python3|sudo"  # what begins a command within a text
 
 
 def section(title, text=TEXT):
@@ -86,17 +86,21 @@ def block(language, start, text=TEXT):
     return found
 
 
+def inline_commands(text=TEXT):
+    """Return the commands that stand within the text, between backticks."""
+    without_blocks = re.sub(r"(?ms)^( *)```.*?^\1```$", "", text)
+    return re.findall(rf"`((?:{PROGRAMS}) [^`]+)`", without_blocks)
+
+
 def table(first_cell, text=TEXT):
     """Return the rows below the header whose first cell is this one."""
     lines = text.split("\n")
-    (start,) = [
-        number for number, line in enumerate(lines) if line.strip().startswith(f"| {first_cell} |")
-    ]
+    (start,) = [n for n, line in enumerate(lines) if line.startswith(f"| {first_cell} |")]
     rows = []
     for line in lines[start + 2 :]:
-        if not line.strip().startswith("|"):
-            return rows
-        rows.append([cell.strip() for cell in line.strip()[1:-1].split("|")])
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line[1:-1].split("|")])
     return rows
 
 
@@ -105,29 +109,25 @@ def code_of(cell):
     return re.findall(r"`([^`]+)`", cell)
 
 
-def run_program(*arguments, **options):
-    """Run the program to its end."""
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        **options,
-    )
-
-
 def without_moments(text):
-    """Return a text without what differs from run to run: times, ports, numbers of milliseconds."""
+    """Return a text without what differs from run to run: times and ports."""
     text = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?", "TIME", text)
-    return re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", text)
+    return re.sub(r"(127\.0\.0\.1:| port )\d+", r"\1PORT", text)
+
+
+def write_program(path, code):
+    """Write a Python script that takes the place of another program on the PATH."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!{sys.executable}\n{code}")
+    path.chmod(0o755)
 
 
 class FirstScreenTest(unittest.TestCase):
     """What a reader tries first."""
 
     def test_the_demo_prints_what_is_shown(self):
-        (command, *_), (shown, *_) = blocks("sh", section("")), blocks("text", section(""))
-        self.assertEqual("python3 central_webhook_client.py --demo\n", command)
+        (shown,) = blocks("text", section(""))
+        self.assertIn("python3 central_webhook_client.py --demo\n", blocks("sh", section("")))
         done = subprocess.run(
             [sys.executable, str(PROGRAM), "--demo", "--format=pretty"],
             stdout=subprocess.PIPE,
@@ -141,46 +141,48 @@ class FirstScreenTest(unittest.TestCase):
             pattern += r"(?:.*\n)+?" if line.strip() == "..." else re.escape(line) + r",?\n"
         self.assertRegex(without_moments(done.stdout.decode()), rf"\A{pattern}\Z")
 
-    def test_the_curl_commands_get_the_answers_that_are_shown(self):
-        for program in ("sh", "sed", "curl", "openssl", "base64"):
-            if not shutil.which(program):
-                self.skipTest(f"{program} is missing")
-        (_, start, signed, changed), (_, accepted, refused, logged) = (
-            blocks(kind, section("")) for kind in ("sh", "text")
-        )
+    @unittest.skipUnless(os.name == "posix", "needs sh")
+    def test_the_installed_receiver_says_what_is_shown(self):
+        commands = block("sh", "(umask 077; cp", section(""))
+        (shown,) = re.findall("`(listens on .*?)`", section(""))
         with tempfile.TemporaryDirectory(prefix="readme-") as name:
-            folder, log = Path(name), Path(name, "stderr")
+            folder, stderr = Path(name), Path(name, "stderr")
             shutil.copy(PROGRAM, folder)
-            example = EXAMPLE.read_text(encoding="utf-8")
-            self.assertIn('"port": 8010', example)
-            (folder / EXAMPLE.name).write_text(
-                example.replace('"port": 8010', '"port": 0'), encoding="utf-8"
+            shutil.copy(EXAMPLE, folder)
+            # The editor of this test fills in the token, and takes a port that is free.
+            write_program(
+                folder / "bin" / "editor",
+                "import pathlib, re, sys\n"
+                "path = pathlib.Path(sys.argv[1])\n"
+                f"text = re.sub('<.+>', {TOKEN!r}, path.read_text())\n"
+                "path.write_text(text.replace('8010', '0'))\n",
             )
-            with log.open("wb") as stderr:
+            (folder / "bin" / "python3").symlink_to(sys.executable)
+            with stderr.open("wb") as file:
                 process = subprocess.Popen(
-                    ["sh", "-e", "-c", start.replace("python3 ", f"exec '{sys.executable}' ")],
+                    ["sh", "-e", "-c", commands.replace("python3 ", "exec python3 ")],
                     cwd=folder,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
+                    env={**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"},
+                    stdout=subprocess.DEVNULL,
+                    stderr=file,
                 )
             try:
-                found = deadline_poll(
-                    lambda: re.search(r"listens on \S+ port (\d+)", log.read_text())
-                )
-                script = (signed + changed).replace("127.0.0.1:8010", f"127.0.0.1:{found[1]}")
-                done = subprocess.run(
-                    ["sh", "-e", "-c", script], capture_output=True, text=True, timeout=30
-                )
-                self.assertEqual(accepted + refused, done.stdout, done.stderr)
-                self.assertEqual(["wrong"], re.findall("wrong", logged))
-                deadline_poll(
-                    lambda: without_moments(logged) in without_moments(log.read_text()), 10, logged
-                )
+                deadline_poll(lambda: "listens on" in stderr.read_text())
+                self.assertIn(without_moments(shown), without_moments(stderr.read_text()))
+                self.assertTrue((folder / "central.jsonl").exists())
                 self.assertEqual(0o600, (folder / "input_info.json").stat().st_mode & 0o777)
             finally:
-                process.send_signal(signal.SIGTERM)
-                stdout = process.communicate(timeout=20)[0]
-        self.assertEqual(["DZ1"], re.findall(rb"DZ\d".decode(), stdout.decode()))
+                process.terminate()
+                self.assertEqual(0, process.wait(15))
+
+    def test_the_receiver_runs_within_the_first_150_lines(self):
+        top = "\n".join(TEXT.split("\n")[:150])
+        for needed in ("cp input_info.json.example", "sudo cp nginx/", "--send-sample https://"):
+            with self.subTest(needed):
+                self.assertIn(needed, top)
+
+    def test_the_whole_fits_into_800_lines(self):
+        self.assertLessEqual(TEXT.count("\n"), 800)
 
 
 class ReferenceTest(unittest.TestCase):
@@ -192,158 +194,133 @@ class ReferenceTest(unittest.TestCase):
         cls.addClassCleanup(cls.receiver.__exit__)
 
     def test_every_key_is_in_the_table_of_the_configuration(self):
-        places = {
-            "TOP_OPTIONS": "",
-            "WEBCLIENT_OPTIONS": "webclient_info.",
-            "CENTRAL_OPTIONS": "central_info.",
-            "WEBHOOK_OPTIONS": "webhook.",
-            "API_KEY_OPTIONS": "webhook.api_key.",
-            "OIDC_OPTIONS": "webhook.oidc.",
-        }
-        self.assertEqual(set(places), {name for name in vars(client) if name.endswith("_OPTIONS")})
-        keys = {
-            prefix + name: key
-            for place, prefix in places.items()
-            for name, key in vars(client)[place].items()
+        tables = [value for value in vars(client).values() if isinstance(value, dict)]
+        options = {
+            name: option
+            for one in tables
+            for name, option in one.items()
+            if hasattr(option, "expected") and hasattr(option, "default")
         }
         rows = table("key", section("Configuration"))
-        self.assertEqual(sorted(keys), sorted(code_of(row[0])[0] for row in rows))
-        for name, kind, _ in rows:
-            key = keys[code_of(name)[0]]
+        shown = {key.rpartition(".")[2]: row[1] for row in rows for key in code_of(row[0])}
+        top = {"webclient_info", "central_info"}
+        self.assertEqual(set(options) - top, set(shown) - top)
+        for name in top:
+            self.assertIn(f"`{name}`", section("Configuration"))
+        for name in set(shown) & set(options):
+            default = options[name].default
             with self.subTest(name):
-                if key.default is client.REQUIRED:
-                    self.assertRegex(kind, "required$")
-                elif isinstance(key.default, (int, str)):
-                    self.assertRegex(kind, rf", `?{key.default}`?$")
+                if default is client.REQUIRED:
+                    self.assertRegex(shown[name], "required$")
+                elif isinstance(default, (int, str)):
+                    self.assertRegex(shown[name], rf", `?{default}`?$")
 
     def test_every_type_of_sender_is_described(self):
-        rows = table("type", section("Other senders"))
-        self.assertEqual(sorted(client.TYPES), sorted(code_of(row[0])[0] for row in rows))
-        for (kind,), header in ((code_of(row[0]), code_of(row[1])[0]) for row in rows):
-            if kind in client.HEADER_SIGNATURES:
-                scheme = client.HEADER_SIGNATURES[kind]
-                name, _, prefix = header.partition(": ")
-                self.assertEqual(
-                    (scheme.header, scheme.prefix), (name.lower(), prefix.replace("...", ""))
-                )
+        rows = {code_of(row[0])[0]: row for row in table("type", section("Other senders"))}
+        self.assertEqual(set(client.TYPES), set(rows))
+        for name, scheme in client.HEADER_SIGNATURES.items():
+            header, _, prefix = code_of(rows[name][2])[0].partition(": ")
+            self.assertEqual(
+                (scheme.header, scheme.prefix), (header.lower(), prefix.replace("...", ""))
+            )
+        undetected = {name for name, row in rows.items() if row[4] == "not detected"}
+        self.assertEqual(set(client.NO_DEDUP), undetected)
 
-    def test_every_reason_is_in_the_table_of_responses(self):
+    def test_every_reason_is_in_the_table_of_statuses(self):
         expected = {(str(status), reason) for reason, status in client.REFUSALS.items()}
         expected |= {("200", "accepted"), ("200", "duplicate")}
-        rows = table("status", section("Responses"))
-        self.assertEqual(sorted(expected), sorted((row[0], code_of(row[1])[0]) for row in rows))
+        found = set()
+        by_nginx = set()
+        for statuses, reason, *_ in table("status", section("Troubleshooting")):
+            reasons = code_of(reason)
+            if reasons:
+                self.assertEqual(statuses.count(","), len(reasons) - 1)
+                found |= set(zip(statuses.split(", "), reasons))
+            if "by nginx" in reason:
+                by_nginx |= set(statuses.split(", "))
+        self.assertEqual(expected, found)
+        text = NGINX.read_text(encoding="utf-8")
+        (listed,) = re.findall(r"error_page (400 .+) @refused;", text)
+        unlisted = {status for status in by_nginx if f"return {status} " in text}
+        self.assertEqual(set(), by_nginx - set(listed.split()) - unlisted)
+
+    def test_every_message_that_is_quoted_is_one_of_the_code(self):
+        rows = table("status", section("Troubleshooting"))
+        known = SOURCE + NGINX.read_text(encoding="utf-8")
+        for phrase in (phrase for row in rows for phrase in code_of(row[2])):
+            with self.subTest(phrase):
+                self.assertIn(phrase, known)
 
     def test_every_metric_is_described(self):
         text = self.receiver.request(raw_request("GET", "/metrics", length=False)).body.decode()
         kinds = dict(re.findall(r"(?m)^# TYPE (\S+) (\S+)$", text))
-        labels = {
-            name: set(re.findall(r'(\w+)="', rest))
-            for name, rest in re.findall(r"(?m)^(\w+)(.*)$", text)
-        }
-        shown = [
-            (*re.fullmatch(r"(\w+)(?:\{(.*)\})?", code_of(row[0])[0]).groups(""), row[1])
-            for row in table("metric", section("Responses"))
-        ]
-        self.assertEqual(kinds, {name: kind for name, _, kind in shown})
-        self.assertEqual(
-            labels, {name: set(filter(None, found.split(","))) for name, found, _ in shown}
-        )
+        samples = re.findall(r"(?m)^(\w+)(.*)$", text)
+        labels = {name: set(re.findall(r'(\w+)="', rest)) for name, rest in samples}
+        found_kinds = {}
+        found_labels = {}
+        for name, kind, _ in table("metric"):
+            name, _, rest = code_of(name)[0].partition("{")
+            found_kinds[name] = kind
+            found_labels[name] = set(re.findall(r"\w+", rest))
+        self.assertEqual(kinds, found_kinds)
+        self.assertEqual(labels, found_labels)
 
-    def test_every_limit_is_described_with_its_number(self):
-        (constants,) = re.findall(r"(?s)# ---- Constants and limits -+\n(.*?)\n# ----", SOURCE)
-        names = {
-            name
-            for line in re.findall(r"(?m)^([A-Z_, ]+) = ", constants)
-            for name in line.split(", ")
-        }
-        limits = {
-            n
-            for n in names
-            if re.match("(MAX|MIN)_", n) or re.search("_(SECONDS|SECOND|DELIVERIES)$", n)
-        }
-        rows = table("limit", section("Responses"))
-        self.assertEqual(sorted(limits), sorted(code_of(row[0])[0] for row in rows))
-        units = {"": 1, "B": 1, "KiB": 1 << 10, "s": 1, "min": 60, "h": 3600}
-        for name, number, _ in rows:
+    def test_every_limit_has_the_number_of_the_code(self):
+        units = {"": 1, "KiB": 1 << 10, "s": 1, "min": 60}
+        for name, value, _ in table("limit"):
             with self.subTest(name):
-                digits, _, unit = number.partition(" ")
+                digits, _, unit = value.partition(" ")
                 self.assertEqual(getattr(client, code_of(name)[0]), float(digits) * units[unit])
 
     def test_every_option_is_described(self):
-        done = run_program("--help", env={**os.environ, "COLUMNS": "200"})
-        options = set(
-            re.findall(
-                r"(?<![\w-])--?[a-zA-Z][\w-]*", done.stdout.partition("options:")[2] or done.stdout
-            )
-        )
-        shown = [
+        _, text, _ = run_at_once(["--help"], env={**os.environ, "COLUMNS": "200"})[0]
+        options = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
+        shown = {
             option
             for row in table("option")
             for code in code_of(row[0])
             for option in re.findall("^-[-a-zA-Z]+", code)
-        ]
-        self.assertEqual(sorted(options), sorted(shown))
-        used = set(re.findall(r"central_webhook_client\.py [^\n]*?(--[a-z-]+)", TEXT))
-        self.assertEqual(set(), used - options)
+        }
+        self.assertEqual(options, shown)
+        used = set(re.findall(r"central_webhook_client\.py [^\n`]*?(--[a-z-]+)", TEXT))
+        self.assertEqual(set(), used - shown)
 
     def test_every_field_of_a_line_is_described(self):
-        for body in (new_body(), b"no JSON", b"\xff"):
+        for body in (new_body(), b"not JSON", b"\xff"):
             self.assertEqual(200, self.receiver.deliver(body).status)
         log = self.receiver.folder / "central.jsonl"
         lines = [list(json.loads(line)) for line in log.read_text().splitlines()]
         stdout = [list(json.loads(line)) for line in self.receiver.wait_for_stdout(3)]
-        self.assertEqual(set().union(*lines), {code_of(row[0])[0] for row in table("field")})
+        shown = {name for row in table("field") for name in code_of(row[0])}
+        self.assertEqual(set().union(*lines), shown)
         self.assertEqual({"key"}, set().union(*lines) - set().union(*stdout))
-        (shown,) = [json.loads(code) for code in blocks("json", section("What it prints"))]
-        self.assertEqual(stdout[0], list(shown))
-
-    def test_a_pretty_alert_looks_as_shown(self):
-        (shown,) = (code for code in blocks("text", section("What it prints")))
-        header, alert = shown.split("\n", 1)
-        webhook = {"name": "central", "path": PATH, "token": TOKEN}
-        with Receiver(config_of(webhook=webhook), ["--format=pretty"]) as receiver:
-            self.assertEqual(200, receiver.deliver(json.dumps(json.loads(alert)).encode()).status)
-            lines = receiver.wait_for_stdout(shown.count("\n"))
-        self.assertEqual(
-            without_moments(shown).splitlines(), [without_moments(line) for line in lines]
-        )
-
-    def test_every_hint_is_one_that_the_code_gives(self):
-        for phrase, _ in table("the log says"):
-            with self.subTest(phrase):
-                self.assertIn(re.split(r"\.\.\.|'| \(|x-", phrase)[0], SOURCE)
+        (example,) = blocks("json", section("What it prints"))
+        self.assertEqual(stdout[0], list(json.loads(example)))
 
     def test_every_security_comment_has_its_row(self):
-        command = block("sh", "grep -n -A3", section("Security decisions and what is not covered"))
+        (command,) = [one for one in inline_commands() if one.startswith("grep")]
         begins = [row[0] for row in table("the comment begins")]
         comments = re.findall(r"# Security: (.*)", SOURCE)
+        self.assertEqual(len(comments), len(begins))
         for comment in comments:
             with self.subTest(comment):
                 self.assertEqual(1, sum(comment.startswith(begin) for begin in begins))
-        self.assertEqual(len(comments), len(begins))
         if shutil.which("grep"):
             done = subprocess.run(
                 ["sh", "-c", command], cwd=TOP, capture_output=True, text=True, timeout=10
             )
             self.assertEqual(len(comments), done.stdout.count("# Security:"))
 
-    def test_the_map_in_the_docstring_is_that_of_the_banners(self):
-        banners = re.findall(r"(?m)^# ---- (.+?) -+$", SOURCE)
-        listed = re.search(r"prints this map\):\n\n((?:    .+\n)+)", client.__doc__)
-        self.assertEqual(banners, textwrap.dedent(listed[1]).splitlines())
-        (named,) = re.findall(r'The section "(.+?)" stands', section("Copy only the verification"))
-        self.assertIn(named, banners)
-
     def test_links_within_the_file_lead_somewhere(self):
-        titles = {
-            re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-")
-            for title in re.findall("(?m)^## (.+)$", TEXT)
-        }
-        self.assertEqual(set(), set(re.findall(r"\]\(#(.+?)\)", TEXT)) - titles)
+        titles = re.findall("(?m)^#{2,} (.+)$", TEXT)
+        anchors = {re.sub("[^a-z -]", "", title.lower()).replace(" ", "-") for title in titles}
+        links = set(re.findall(r"\]\(#(.+?)\)", TEXT))
+        self.assertEqual(set(), links - anchors)
+        contents = section("").partition("**Contents**")[2]
+        self.assertEqual(anchors, set(re.findall(r"\]\(#(.+?)\)", contents)))
 
-    def test_every_sh_block_is_executed_or_says_why_not(self):
-        found = blocks("sh")
-        self.assertEqual(TEXT.count("```sh\n"), len(found))
+    def test_every_command_is_executed_or_says_why_not(self):
+        found = [*blocks("sh"), *inline_commands()]
         known = [*EXECUTED, *NOT_EXECUTED]
         for code in found:
             with self.subTest(code):
@@ -351,11 +328,10 @@ class ReferenceTest(unittest.TestCase):
         for start in known:
             with self.subTest(start):
                 self.assertEqual(1, sum(code.startswith(start) for code in found))
+        loader = unittest.TestLoader()
         for test in EXECUTED.values():
-            *module, name, method = test.split(".")
-            source = TOP.joinpath("tests", *module).with_suffix(".py").read_text(encoding="utf-8")
-            with self.subTest(test):
-                self.assertRegex(source, rf"(?s)class {name}\(.*?    def {method}\(")
+            loader.loadTestsFromName(f"tests.{test}")
+        self.assertEqual([], loader.errors)
 
 
 class ConfigurationTest(unittest.TestCase):
@@ -369,12 +345,12 @@ class ConfigurationTest(unittest.TestCase):
                 path.write_text(found, encoding="utf-8")
                 path.chmod(0o600)
             example, completed = run_at_once(*([f"-i={path}", "--check-config"] for path in paths))
-        mistake = f"{paths[0]}: central_info.webhook.token: {PLACEHOLDER}\n"
-        self.assertEqual((78, mistake), (example[0], example[2].partition("error: ")[2]))
+        error = f"{paths[0]}: central_info.webhook.token: {PLACEHOLDER}\n"
+        self.assertEqual((78, error), (example[0], example[2].partition("error: ")[2]))
         self.assertEqual((0, ""), (completed[0], completed[2]))
 
-    def mistakes(self, text):
-        """Return the mistakes that the code finds in a configuration."""
+    def errors(self, text):
+        """Return the errors that the code finds in a configuration."""
         try:
             client.read_config(text.encode())
         except client.ConfigError as error:
@@ -382,24 +358,20 @@ class ConfigurationTest(unittest.TestCase):
         return []
 
     def test_the_worked_configurations_lack_nothing_but_the_secrets(self):
-        webhooks = [json.loads(code) for code in blocks("json", section("Other senders"))]
-        self.assertEqual(set(client.TYPES) - {"central"}, {webhook["type"] for webhook in webhooks})
-        self.assertEqual(
-            {"header", "field", "value"},
-            {key for webhook in webhooks for key in webhook.get("api_key", {})},
-        )
-        self.assertTrue(any("oidc" in webhook for webhook in webhooks))
-        for found in [*webhooks, webhooks]:  # each alone, and all together
+        (shown,) = [json.loads(code) for code in blocks("json", section("Other senders"))]
+        self.assertEqual(set(client.TYPES) - {"central"}, {webhook["type"] for webhook in shown})
+        for found in [*shown, shown]:  # each alone, and all together
             text = json.dumps(config_of(webhook=found))
             with self.subTest(text):
-                mistakes = self.mistakes(text)
-                self.assertEqual(
-                    text.count('"<'), sum(PLACEHOLDER in mistake for mistake in mistakes)
-                )
-                self.assertEqual(text.count('"<'), len(mistakes), mistakes)
-                self.assertEqual([], self.mistakes(re.sub('"<[^"]+>"', f'"{TOKEN}"', text)))
+                errors = self.errors(text)
+                self.assertEqual(text.count('"<'), len(errors), errors)
+                self.assertTrue(all(PLACEHOLDER in error for error in errors), errors)
+                for number in range(len(errors)):  # each its own secret
+                    text = re.sub('"<[^"]+>"', f'"{TOKEN}-{number}"', text, count=1)
+                self.assertEqual([], self.errors(text))
 
 
+@unittest.skipUnless(os.name == "posix", "needs sh")
 class SnippetTest(unittest.TestCase):
     """What README.md offers to copy, copied."""
 
@@ -409,79 +381,40 @@ class SnippetTest(unittest.TestCase):
         self.folder = Path(folder.name)
         shutil.copy(PROGRAM, self.folder)
 
-    def start(self, program, webhook):
-        """Start a changed program with a configuration; return the running receiver."""
-        return Receiver(config_of(webhook=webhook), program=self.folder / program)
-
     def test_the_copied_section_verifies_on_its_own(self):
-        code = section("Copy only the verification")
+        command = block("sh", "{ echo", section("Copy the verification"))
         done = subprocess.run(
-            ["sh", "-e", "-c", block("sh", "{ echo", code)],
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
+            ["sh", "-e", "-c", command], cwd=self.folder, capture_output=True, text=True, timeout=10
         )
         self.assertEqual((0, ""), (done.returncode, done.stderr))
-        spec = importlib.util.spec_from_file_location(
-            "central_signature", self.folder / "central_signature.py"
-        )
-        sys.modules["central_signature"] = importlib.util.module_from_spec(spec)
-        self.addCleanup(sys.modules.pop, "central_signature")
-        spec.loader.exec_module(sys.modules["central_signature"])
-        (example,) = blocks("python", code)
-        namespace = {}
-        exec(compile(example, "README.md", "exec"), namespace)
+        path = self.folder / "central_signature.py"
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         body = b'{"alert_type":"New AP detected","details":{"serial":"DZ1"}}'
-        environ = {
-            "HTTP_X_CENTRAL_SERVICE": "Alerts",
-            "HTTP_X_CENTRAL_DELIVERY_ID": "72d3162e-cc78-11e3-81ab-4c9367dc0958",
-            "HTTP_X_CENTRAL_DELIVERY_TIMESTAMP": "2016-07-12T13:14:19-07:00",
-            "HTTP_X_CENTRAL_SIGNATURE": "O1BifJezSO7kZzM75C6XoHMaOGEW2nUXjjiTeBfYWv4=",  # made with OpenSSL
+        headers = {  # made with OpenSSL
+            "X-Central-Service": "Alerts",
+            "X-Central-Delivery-ID": "72d3162e-cc78-11e3-81ab-4c9367dc0958",
+            "X-Central-Delivery-Timestamp": "2016-07-12T13:14:19-07:00",
+            "X-Central-Signature": "O1BifJezSO7kZzM75C6XoHMaOGEW2nUXjjiTeBfYWv4=",
         }
-        for sent, expected in (
-            (body, "200 OK"),
-            (body.replace(b"DZ1", b"DZ2"), "401 Unauthorized"),
-        ):
-            statuses = []
-            answer = namespace["application"](
-                {**environ, "CONTENT_LENGTH": str(len(sent)), "wsgi.input": io.BytesIO(sent)},
-                lambda status, headers, statuses=statuses: statuses.append(status),
-            )
-            self.assertEqual(([expected], [b""]), (statuses, answer))
+        self.assertIsNone(module.verify_signature(body, headers, TOKEN))
+        with self.assertRaises(module.SignatureError):
+            module.verify_signature(body.replace(b"DZ1", b"DZ2"), headers, TOKEN)
 
-    def test_one_line_adds_a_sender(self):
-        (line,) = blocks("python", section("Other senders"))
+    def test_one_row_adds_a_sender(self):
+        (row,) = blocks("python", section("Other senders"))
         path = self.folder / PROGRAM.name
         source = path.read_text(encoding="utf-8")
         start = re.search(r"(?m)^HEADER_SIGNATURES\b.*= \{.*\n", source).end()
-        path.write_text(
-            source[:start] + textwrap.indent(line, "    ") + source[start:], encoding="utf-8"
-        )
+        path.write_text(source[:start] + row + source[start:], encoding="utf-8")
         secret, body = "It's a Secret to Everybody", b"Hello, World!"  # of GitHub's documentation
         signature = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
-        with self.start(
-            PROGRAM.name, {"name": "github", "type": "github", "path": PATH, "token": secret}
-        ) as receiver:
-            self.assertEqual(200, receiver.post(body, {"X-Hub-Signature-256": signature}).status)
-            self.assertEqual(
-                401, receiver.post(body + b"!", {"X-Hub-Signature-256": signature}).status
-            )
-
-    def test_handle_alert_can_be_replaced_from_another_file(self):
-        (code,) = blocks("python", section("Use it for your own purpose"))
-        (self.folder / "my_receiver.py").write_text(code)
-        with self.start(
-            "my_receiver.py", {"name": "noc", "path": PATH, "token": TOKEN}
-        ) as receiver:
-            self.assertEqual(200, receiver.deliver(new_body()).status)
-            receiver.wait_for_log(r"^noc [0-9a-f]{32}\.[0-9a-f]{32} AP disconnected$")
-            body = b'{"severity": "no alert_type: the function raises KeyError"}'
-            answer = receiver.post(body, central_headers(body))
-            self.assertEqual((200, {"status": "ok"}), (answer.status, answer.json))
-            receiver.wait_for_log("ERROR handle_alert: KeyError")
-            self.assertEqual(0, receiver.stop())
-            self.assertEqual(2, len(receiver.stdout_lines))
+        webhook = {"name": "github", "type": "github", "path": PATH, "token": secret}
+        with Receiver(config_of(webhook=webhook), program=path) as receiver:
+            headers = {"X-Hub-Signature-256": signature}
+            self.assertEqual(200, receiver.post(body, headers).status)
+            self.assertEqual(401, receiver.post(body + b"!", headers).status)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from ..support import PROGRAM, Receiver, config_of, deadline_poll, new_body
 from ..test_readme import block, section
 from . import parts
 
-RECIPES = section("Use it for your own purpose")
+RECIPES = section("Send alerts on")
 LOG = "/var/lib/centralwebhook/central.jsonl"
 LONG = 20_000  # characters: more than the 8 KiB at which rsyslog cuts by default
 
