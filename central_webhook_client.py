@@ -1699,17 +1699,6 @@ class Config:
     webhooks: tuple[Webhook, ...]
 
 
-class Option(NamedTuple):
-    """A key of the configuration. A default of REQUIRED means that the key must be there."""
-
-    expected: str
-    parse: Callable[[Any], Any] = lambda value: value  # or raises ValueError
-    default: Any = None
-
-
-REQUIRED = object()
-
-
 def parse_text(value: Any) -> str:
     """Accept a string that is not empty, without white space around it or control characters."""
     if not isinstance(value, str) or value != value.strip() or not value or _UNSAFE.search(value):
@@ -1721,7 +1710,7 @@ def matching(pattern: str) -> Callable[[Any], str]:
     """Return a function that accepts strings that match a pattern."""
 
     def parse(value: Any) -> str:
-        if not isinstance(value, str) or not re.compile(pattern).fullmatch(value):
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
             raise ValueError
         return value
 
@@ -1748,13 +1737,13 @@ def parse_port(value: Any) -> Any:
 def parse_host(value: Any) -> str:
     """Accept an address, or a host name that resolves."""
     host = parse_text(value)
+    if re.search(r"[/\[\]]|^[^:]*:[^:]*$", host):
+        raise ValueError("no scheme, brackets or port belong here")
     try:
-        if not re.search(r"[/\[\]]|^[^:]*:[^:]*$", host):
-            socket.getaddrinfo(host, None)
-            return host
+        socket.getaddrinfo(host, None)
     except (OSError, UnicodeError) as error:
         raise ValueError(getattr(error, "strerror", None) or "not a host name") from None
-    raise ValueError("no scheme, brackets or port belong here")
+    return host
 
 
 def parse_networks(value: Any) -> tuple[Network, ...]:
@@ -1786,6 +1775,36 @@ def is_loopback(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+_PLACEHOLDER = re.compile(  # what templates and examples have where a secret belongs
+    r"<.*>|\$\{.*\}|\$[a-z_]\w*|\{\{.*\}\}|%\w+%|to-?do|fixme|x{3,}"
+    r"|(?:change|replace)[-_ ]?(?:me|this|it)"
+    r"|(?:your|my|the|insert|enter|put)[_ ].*[_ ]here"
+    r"|your[_ ](?:\w+[_ ])*(?:token|secret|key|password)",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def parse_secrets(value: Any) -> tuple[str, ...]:
+    """Accept a secret or an array of secrets; a ValueError says what was found instead."""
+    secrets = value if isinstance(value, list) else [value]
+    problems = []
+    for index, secret in enumerate(secrets):
+        problem = ""
+        if not isinstance(secret, str) or not secret:
+            problem = "an empty string" if secret == "" else describe_value(secret, True)
+        elif secret != secret.strip():
+            problem = "white space around it"
+        elif _PLACEHOLDER.fullmatch(secret):
+            problem = "a placeholder"
+        elif re.search("[\x00-\x1f\x7f\ud800-\udfff]", secret):
+            problem = "a control character, or not UTF-8"
+        if problem:
+            problems.append(f"[{index}]: {problem}" if len(secrets) > 1 else problem)
+    if problems or not secrets:
+        raise ValueError(", ".join(problems) or "an empty array")
+    return tuple(secrets)
+
+
 def parse_token_path(value: Any) -> str:
     """Accept the path of a file of tokens; `${VARIABLE}` is expanded."""
     try:
@@ -1794,9 +1813,23 @@ def parse_token_path(value: Any) -> str:
         raise ValueError(f"the variable {error.args[0]} is not set") from None
 
 
-PATH = r"a path (\\ stands for one backslash)"
-SECRETS = Option("a string or an array of strings")
+REQUIRED = object()  # as a default
+
+
+class Option(NamedTuple):
+    """A key of the configuration."""
+
+    expected: str
+    parse: Callable[[Any], Any] = lambda value: value  # returns what to use, or raises ValueError
+    default: Any = None
+    is_secret: bool = False
+
+
+TEXT = Option("a string", parse_text)
 OBJECT = Option("an object")
+SECRETS = Option("a secret or an array of secrets", parse_secrets, is_secret=True)
+PATH = r"a path (in JSON, \\ stands for one backslash)"
+LOCAL = parse_networks(["127.0.0.0/8", "::1"])
 TOP_OPTIONS = {"webclient_info": OBJECT, "central_info": OBJECT}
 CENTRAL_OPTIONS = {"webhook": OBJECT}
 WEBCLIENT_OPTIONS = {
@@ -1806,14 +1839,10 @@ WEBCLIENT_OPTIONS = {
     "max_body_bytes": Option("a whole number from 1 to 2^30", number(1, 2**30, int), 1024 * 1024),
     "request_timeout_seconds": Option("a number from 0.1 to 3600", number(0.1, 3600), 10),
     "max_connections": Option("a whole number from 1 to 65535", number(1, 65535, int), 256),
-    "trusted_proxies": Option(
-        "an array of addresses and networks",
-        parse_networks,
-        parse_networks(["127.0.0.0/8", "::1"]),
-    ),
+    "trusted_proxies": Option("an array of addresses and networks", parse_networks, LOCAL),
 }
 WEBHOOK_OPTIONS = {
-    "name": Option("a string", parse_text),
+    "name": TEXT,
     "type": Option("one of " + ", ".join(TYPES), matching("|".join(TYPES)), "central"),
     "path": Option("a path that begins with /, without query", matching(r"/[!-\"$->@-~]*")),
     "token": SECRETS,
@@ -1825,37 +1854,23 @@ WEBHOOK_OPTIONS = {
 }
 API_KEY_OPTIONS = {
     "header": Option("the name of a header", matching(FIELD_NAME)),
-    "field": Option("the name of a field", parse_text),
-    "value": SECRETS,
+    "field": TEXT,
+    "value": SECRETS._replace(default=REQUIRED),
 }
 OIDC_OPTIONS = {
     "well_known_url": Option("an https URL, or http on this machine", parse_provider_url, REQUIRED),
-    "audience": Option("a string", parse_text),
-    "client_id": Option("a string", parse_text),
-    "issuer": Option("a string", parse_text),
+    "audience": TEXT,
+    "client_id": TEXT,
+    "issuer": TEXT,
 }
-_PLACEHOLDER = re.compile(  # what templates and examples have where a secret belongs
-    r"<.*>|\$\{.*\}|\$[a-z_]\w*|\{\{.*\}\}|%\w+%|to-?do|fixme|x{3,}"
-    r"|(?:change|replace)[-_ ]?(?:me|this|it)"
-    r"|(?:your|my|the|insert|enter|put)[_ ].*[_ ]here"
-    r"|your[_ ](?:\w+[_ ])*(?:token|secret|key|password)",
-    re.IGNORECASE | re.ASCII,
-)
 
 
 def describe_value(value: Any, is_secret: bool = False) -> str:
     """Say what was found: a plain value as JSON, of others and of secrets only the type."""
     if not is_secret and isinstance(value, (str, int, float)):
         return escape_text(json.dumps(value))[:100]
-    names = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-    }
-    shown = "nothing" if value is None else names.get(type(value), "a number")
-    return f"{shown} that is empty" if value in ("", [], {}) else shown
+    names = {dict: "an object", list: "an array", str: "a string", type(None): "nothing"}
+    return names.get(type(value), "another type")
 
 
 def load_object(
@@ -1863,8 +1878,7 @@ def load_object(
 ) -> dict[str, Any]:
     """Return the value of each option: as parsed, the default if it is missing, None if wrong.
 
-    `where` names the object in what is added to `errors`. The result is empty if `found` is not an
-    object.
+    `where` names the object in `errors`. The result is empty if `found` is not an object.
     """
     if not isinstance(found, dict):
         shown = describe_value(found, True)
@@ -1874,72 +1888,30 @@ def load_object(
     for name in sorted(found.keys() - options.keys()):
         nearest = difflib.get_close_matches(name, options, 1, 0.0) or list(options)
         errors.append(f"{prefix}{name}: unknown key, the nearest known one is {nearest[0]!r}")
-    values = {}
+    values = {name: option.default for name, option in options.items()}
     for name, option in options.items():
-        value = option.default
-        if name in found or value is REQUIRED:
+        if name in found or option.default is REQUIRED:
             try:
-                value = option.parse(found.get(name))
+                values[name] = option.parse(found.get(name))
             except ValueError as error:
-                value = None
-                shown = describe_value(found.get(name))
-                detail = f": {error}" if str(error) else ""
-                errors.append(f"{prefix}{name}: expected {option.expected}, found {shown}{detail}")
-        values[name] = value
+                values[name] = None
+                shown = f"{describe_value(found.get(name))}: {error}".rstrip(": ")
+                if option.is_secret:
+                    shown = str(error)
+                errors.append(f"{prefix}{name}: expected {option.expected}, found {shown}")
     return values
-
-
-def load_secrets(found: Any, where: str, errors: list[str]) -> tuple[str, ...]:
-    """Check a secret or an array of secrets; no error shows one."""
-    is_array = isinstance(found, list) and bool(found)
-    secrets = found if is_array else [found]
-    for index, secret in enumerate(secrets):
-        expected = ""
-        if not isinstance(secret, str) or not secret:
-            expected = f"a string that is not empty, found {describe_value(secret, True)}"
-        elif secret != secret.strip():
-            expected = "no white space around it, found some"
-        elif _PLACEHOLDER.fullmatch(secret):
-            expected = "the real value, found a placeholder"
-        elif re.search("[\x00-\x1f\x7f\ud800-\udfff]", secret):
-            expected = "text, found a control character or a surrogate"
-        if expected:
-            errors.append(f"{where}{f'[{index}]' if is_array else ''}: expected {expected}")
-    return tuple(secrets)
 
 
 def load_tokens(path: str, where: str, errors: list[str]) -> tuple[str, ...]:
     """Load the tokens of a file, one a line; a line that begins with # is a comment."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = file.read(1024 * 1024).split("\n")
+        return parse_secrets([line for line in lines if line and not line.startswith("#")])
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        reason = getattr(error, "strerror", None) or str(error)
         errors.append(f"{where}: expected a file of tokens, found {path}: {reason}")
         return ()
-    tokens = [line for line in lines if line and not line.startswith("#")]
-    return load_secrets(tokens or "", where, errors)
-
-
-def load_api_key(found: Any, where: str, errors: list[str]) -> Optional[ApiKey]:
-    """Load the object `api_key` of a webhook."""
-    values = load_object(found, where, API_KEY_OPTIONS, errors)
-    if not values:
-        return None
-    if ("header" in found) == ("field" in found):
-        errors.append(f"{where}: expected header or field, and not both")
-    secrets = load_secrets(values["value"], f"{where}.value", errors)
-    return ApiKey((values["header"] or "").lower(), values["field"] or "", secrets)
-
-
-def load_oidc(found: Any, where: str, errors: list[str]) -> Optional[Oidc]:
-    """Load the object `oidc` of a webhook."""
-    values = load_object(found, where, OIDC_OPTIONS, errors)
-    if not values:
-        return None
-    if "audience" not in found and "client_id" not in found:
-        errors.append(f"{where}: expected audience or client_id or both, found neither")
-    return Oidc(**values)
 
 
 def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Optional[Webhook]:
@@ -1947,16 +1919,14 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
     values = load_object(found, where, WEBHOOK_OPTIONS, errors)
     if not values:
         return None
-    tokens: tuple[str, ...] = ()
+    webhook_type = values["type"]
+    tokens = values["token"] or ()
     token_file = None
     if ("token" in found) == ("token_file" in found):
         errors.append(f"{where}.token: expected token or token_file, and not both")
-    elif "token" in found:
-        tokens = load_secrets(found["token"], f"{where}.token", errors)
     elif values["token_file"]:
         token_file = os.path.join(folder, values["token_file"])
         tokens = load_tokens(token_file, f"{where}.token_file", errors)
-    webhook_type = values["type"]
     public_url = values["public_url"]
     if webhook_type and (webhook_type == "new-central") != ("public_url" in found):
         errors.append(f"{where}.public_url: expected with type new-central, and only there")
@@ -1964,21 +1934,35 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
     if path in RESERVED_PATHS:
         reserved = " and ".join(RESERVED_PATHS)
         errors.append(
-            f"{where}.path: expected another path than {reserved}, found {json.dumps(path)}"
+            f"{where}.path: expected another path than {reserved}, found {describe_value(path)}"
         )
-    has_time = webhook_type in SENT_AT_HEADERS
+    api_key = None
+    if "api_key" in found:
+        given = load_object(found["api_key"], f"{where}.api_key", API_KEY_OPTIONS, errors)
+        if given:
+            api_key = ApiKey(
+                (given["header"] or "").lower(), given["field"] or "", given["value"] or ()
+            )
+            if ("header" in found["api_key"]) == ("field" in found["api_key"]):
+                errors.append(f"{where}.api_key: expected header or field, and not both")
+    oidc = None
+    if "oidc" in found:
+        given = load_object(found["oidc"], f"{where}.oidc", OIDC_OPTIONS, errors)
+        if given:
+            oidc = Oidc(**given)
+            if "audience" not in found["oidc"] and "client_id" not in found["oidc"]:
+                errors.append(f"{where}.oidc: expected audience or client_id or both")
+    window = (values["replay_window_hours"] or 0) * 3600
     webhook = Webhook(
         name=values["name"] or webhook_type,
         type=webhook_type,
         path=path,
         tokens=tokens,
         token_file=token_file,
-        replay_window_seconds=(values["replay_window_hours"] or 0) * 3600 if has_time else 0,
+        replay_window_seconds=window if webhook_type in SENT_AT_HEADERS else 0,
         public_url=public_url,
-        api_key=load_api_key(found["api_key"], f"{where}.api_key", errors)
-        if "api_key" in found
-        else None,
-        oidc=load_oidc(found["oidc"], f"{where}.oidc", errors) if "oidc" in found else None,
+        api_key=api_key,
+        oidc=oidc,
     )
     for header in find_repeated(demanded_headers(webhook)):
         errors.append(f"{where}: expected one demand for each header, found two on {header}")

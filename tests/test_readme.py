@@ -32,7 +32,7 @@ from .support import (
 README = TOP / "README.md"
 EXAMPLE = TOP / "input_info.json.example"
 NGINX = TOP / "nginx" / "centralwebhook.conf"
-PLACEHOLDER = "expected the real value, found a placeholder"
+PLACEHOLDER = "expected a secret or an array of secrets, found a placeholder"
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 TEXT = README.read_text(encoding="utf-8")
 
