@@ -2477,6 +2477,16 @@ class WebhookHandler(BaseHTTPRequestHandler):
             raise Refusal(reason, f"a line is above {limit} bytes")
         raise Refusal("malformed", "the connection ended within the request")
 
+    def read_fields(self) -> tuple[dict[str, str], frozenset[str]]:
+        """Read and parse header or trailer fields up to the empty line; see `parse_fields`."""
+        fields = bytearray()
+        while True:
+            left = max(0, MAX_HEADER_BYTES - len(fields))
+            line = self.read_line(left, "headers_too_large")
+            if line == b"\r\n":
+                return parse_fields(bytes(fields))
+            fields += line
+
     def parse_request(self) -> bool:
         """Read and parse the request line and the header (RFC 9112).
 
@@ -2489,14 +2499,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.command = method
         self.path = path
         self.request_version = version
-        fields = bytearray()
-        while True:
-            left = MAX_HEADER_BYTES - len(fields)
-            line = self.read_line(max(left, 0), "headers_too_large")
-            if line == b"\r\n":
-                break
-            fields += line
-        headers, repeated = parse_fields(bytes(fields))
+        headers, repeated = self.read_fields()
         self.headers = headers  # type: ignore[assignment]  # by lower-case name
         self.parsed = Request(method, path, query, version, headers, repeated)
         host = headers.get("host")
@@ -2546,15 +2549,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             body += self.read_exactly(size)
             if self.read_exactly(2) != b"\r\n":
                 raise Refusal("malformed", "a chunk is longer than its size")
-        trailers = bytearray()
-        while True:
-            line = self.read_line(MAX_REQUEST_LINE_BYTES, "malformed")
-            if line == b"\r\n":
-                break
-            trailers += line
-            if len(trailers) > MAX_HEADER_BYTES:
-                raise Refusal("headers_too_large", "the trailer fields are too large")
-        parse_fields(bytes(trailers))
+        self.read_fields()
         return bytes(body)
 
     def do_POST(self) -> None:
