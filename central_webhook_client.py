@@ -39,7 +39,6 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
-import calendar
 import collections
 import contextlib
 import difflib
@@ -204,10 +203,11 @@ def verify_signature(body: bytes, headers: Mapping[str, str], token: str) -> Non
     if not token:
         raise ValueError("token: expected a str that is not empty")
     values = []
-    for name in ("signature", "service", "delivery-id", "delivery-timestamp"):
-        found = [value for key, value in headers.items() if key.lower() == f"x-central-{name}"]
+    pairs = [(name.lower(), value) for name, value in headers.items()]
+    for part in ("signature", "service", "delivery-id", "delivery-timestamp"):
+        found = [value for name, value in pairs if name == f"x-central-{part}"]
         if len(found) != 1 or not found[0]:
-            raise SignatureError(f"x-central-{name} is missing, empty or repeated")
+            raise SignatureError(f"x-central-{part} is missing, empty or repeated")
         values.append(found[0])
     try:
         signature, service, delivery_id, timestamp = [value.encode("latin-1") for value in values]
@@ -1058,7 +1058,7 @@ def parse_timestamp(text: str) -> Optional[float]:
         return parse_http_date(text)
     year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
     try:
-        start = calendar.timegm(datetime(int(year), int(month), int(day)).timetuple())
+        start = datetime(int(year), int(month), int(day), tzinfo=timezone.utc).timestamp()
     except ValueError:
         return None
     offset = int(hours) * 3600 + int(minutes) * 60
@@ -2399,10 +2399,12 @@ class DeadlineReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Receive what has arrived, or wait for it. Raises Refusal: timeout."""
         left = self.deadline - time.monotonic()
-        with contextlib.suppress(socket.timeout):
+        try:
             if left > 0:  # the clock decides: a sender that drips must not win
                 self.connection.settimeout(left)
                 return self.connection.recv_into(buffer)
+        except socket.timeout:
+            pass
         raise Refusal("timeout", "the request was not complete in time")
 
 
@@ -2479,13 +2481,18 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     def read_fields(self) -> tuple[dict[str, str], frozenset[str]]:
         """Read and parse header or trailer fields up to the empty line; see `parse_fields`."""
-        fields = bytearray()
-        while True:
-            left = max(0, MAX_HEADER_BYTES - len(fields))
-            line = self.read_line(left, "headers_too_large")
-            if line == b"\r\n":
-                return parse_fields(bytes(fields))
-            fields += line
+        lines = []
+        size = 0
+        line = b""
+        while line != b"\r\n":
+            line = self.rfile.readline(MAX_HEADER_BYTES)
+            lines.append(line)
+            size += len(line)
+            if size > MAX_HEADER_BYTES:
+                raise Refusal("headers_too_large", f"the header is above {MAX_HEADER_BYTES} bytes")
+            if not line.endswith(b"\n"):
+                raise Refusal("malformed", "the connection ended within the header")
+        return parse_fields(b"".join(lines[:-1]))
 
     def parse_request(self) -> bool:
         """Read and parse the request line and the header (RFC 9112).
@@ -2628,7 +2635,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         )
         lines = [
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-            f"Date: {self.date_time_string()}",
+            f"Date: {server.date}",
             f"Content-Type: {content_type}",
             f"Content-Length: {len(body)}",
             f"Connection: {'close' if self.close_connection else 'keep-alive'}",
@@ -2743,6 +2750,7 @@ class WebhookServer(ThreadingHTTPServer):
         self.metrics = Metrics(webhook.name for webhook in config.webhooks)
         self.rejections = RateLimit()
         self.is_stopping = False
+        self.date = email.utils.formatdate(usegmt=True)  # made once for many answers
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()
         self.changed = threading.Condition()  # guards `connections`
@@ -2805,6 +2813,7 @@ class WebhookServer(ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Do what is due several times a second; `serve_forever` calls this."""
+        self.date = email.utils.formatdate(usegmt=True)
         self.add_threads()
         beyond = self.rejections.start_second()
         if beyond:
@@ -2914,12 +2923,7 @@ METRICS = {  # name: type, help
     "body_bytes_total": ("counter", "Bytes of bodies received."),
     "requests_in_flight": ("gauge", "Requests being handled."),
 }
-
-
-def metric_labels(webhook: str, **labels: str) -> str:
-    """Return labels as Prometheus writes them; it quotes and escapes as JSON does."""
-    pairs = {"webhook": webhook, **labels}.items()
-    return ",".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in pairs)
+METRIC_LABELS = ("webhook", "result")
 
 
 class Metrics:
@@ -2928,46 +2932,49 @@ class Metrics:
     def __init__(self, webhooks: Iterable[str]) -> None:
         """Set all series of these webhooks to 0."""
         self.lock = threading.Lock()
-        self.series: dict[str, dict[str, float]] = {name: {} for name in METRICS}  # by labels
+        # By metric and the values of its labels, the first ones of METRIC_LABELS.
+        self.series: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in METRICS}
+        self.series["body_bytes_total"][()] = 0
         self.add_webhooks(webhooks)
-        self.series["body_bytes_total"][""] = 0
 
     def add_webhooks(self, webhooks: Iterable[str]) -> None:
         """Set the series of webhooks to 0 that do not exist yet."""
         with self.lock:
             for webhook in ("", *webhooks):
                 for result in (*REFUSALS, "accepted", "duplicate"):
-                    labels = metric_labels(webhook, result=result)
-                    self.series["deliveries_total"].setdefault(labels, 0)
+                    self.series["deliveries_total"].setdefault((webhook, result), 0)
                 if webhook:
-                    labels = metric_labels(webhook)
-                    self.series["last_accepted_timestamp_seconds"].setdefault(labels, 0)
-                    self.series["not_json_total"].setdefault(labels, 0)
+                    self.series["last_accepted_timestamp_seconds"].setdefault((webhook,), 0)
+                    self.series["not_json_total"].setdefault((webhook,), 0)
 
     def count(self, webhook: str, result: str, body_bytes: int) -> None:
         """Count a request; `webhook` is "" if it belongs to none."""
         with self.lock:
-            self.series["deliveries_total"][metric_labels(webhook, result=result)] += 1
-            self.series["body_bytes_total"][""] += body_bytes
+            self.series["deliveries_total"][webhook, result] += 1
+            self.series["body_bytes_total"][()] += body_bytes
             if result == "accepted":
-                labels = metric_labels(webhook)
-                self.series["last_accepted_timestamp_seconds"][labels] = round(time.time(), 3)
+                self.series["last_accepted_timestamp_seconds"][(webhook,)] = round(time.time(), 3)
 
     def count_not_json(self, webhook: str) -> None:
         """Count an accepted delivery whose body is not JSON."""
         with self.lock:
-            self.series["not_json_total"][metric_labels(webhook)] += 1
+            self.series["not_json_total"][(webhook,)] += 1
 
     def render(self, in_flight: int) -> bytes:
         """Return the text."""
         lines = []
         with self.lock:
-            self.series["requests_in_flight"][""] = in_flight
+            self.series["requests_in_flight"][()] = in_flight
             for metric, (metric_type, about) in METRICS.items():
                 name = f"central_webhook_{metric}"
                 lines.extend([f"# HELP {name} {about}", f"# TYPE {name} {metric_type}"])
-                for labels, value in sorted(self.series[metric].items()):
-                    lines.append(f"{name}{{{labels}}} {value}" if labels else f"{name} {value}")
+                for values, value in sorted(self.series[metric].items()):
+                    labels = [  # Prometheus quotes and escapes as JSON does
+                        f"{label}={json.dumps(text, ensure_ascii=False)}"
+                        for label, text in zip(METRIC_LABELS, values)
+                    ]
+                    shown = f"{{{','.join(labels)}}}" if labels else ""
+                    lines.append(f"{name}{shown} {value}")
         return ("\n".join(lines) + "\n").encode()
 
 
