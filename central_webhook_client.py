@@ -677,17 +677,17 @@ def parse_public_url(url: str) -> PublicUrl:
     return PublicUrl(path, tuple(UrlParts(*spelling) for spelling in spellings))
 
 
-def component_value(request: Request, component: Item, url: UrlParts) -> str:
-    """Return the value of a covered component (RFC 9421 sections 2.1 and 2.2).
+def signature_base(request: Request, covered: Item, url: UrlParts) -> bytes:
+    """Return the bytes to sign (RFC 9421 section 2.5): a line for each component, and `covered`.
 
     Raises:
-        SignatureError: the request does not have it, or it is not supported: `@query-param`,
-            those of responses, and all with parameters.
+        SignatureError: a component is missing, or not supported: `@query-param`, those of
+            responses, and all with parameters.
     """
     query = "" if request.query is None else "?" + request.query
     # Security: scheme, authority and path are configured. Host and X-Forwarded-* are whatever the
-    # sender writes, so a signature for another receiver would pass.
-    derived = {
+    # sender writes, so a signature made for another receiver would pass.
+    derived = {  # section 2.2
         "@method": request.method,
         "@target-uri": url.target + query,
         "@authority": url.authority,
@@ -696,22 +696,13 @@ def component_value(request: Request, component: Item, url: UrlParts) -> str:
         "@path": url.path,
         "@query": query or "?",
     }
-    values = derived if component.value.startswith("@") else request.headers
-    if component.parameters or component.value not in values:
-        shown = str(component)[:80]
-        raise SignatureError(f"the covered component {shown} is missing or not supported")
-    return values[component.value]
-
-
-def signature_base(request: Request, covered: Item, url: UrlParts) -> bytes:
-    """Return the bytes to sign (RFC 9421 section 2.5).
-
-    They are a line for each covered component, and then `covered` itself, serialized canonically.
-
-    Raises:
-        SignatureError: a component is missing or not supported.
-    """
-    lines = [f"{item}: {component_value(request, item, url)}" for item in covered.value]
+    lines = []
+    for item in covered.value:
+        values = derived if item.value.startswith("@") else request.headers
+        if item.parameters or item.value not in values:
+            shown = str(item)[:80]
+            raise SignatureError(f"the covered component {shown} is missing or not supported")
+        lines.append(f"{item}: {values[item.value]}")
     return "\n".join([*lines, f'"@signature-params": {covered}']).encode("latin-1")
 
 
@@ -856,16 +847,14 @@ def diagnose_message_signature(
     Tries the ways in which signers deviate from RFC 9421, since nobody has published what new
     Central really signs. Costs a few signatures for each label and token, and raises nothing.
     """
+    usual = url.spellings
+    scheme, authority = usual[-1].scheme, usual[-1].authority
     host = request.headers.get("host", "")
-    host_name = re.sub(":[0-9]*$", "", host)
-    typed = url.spellings
-    scheme, authority = typed[-1].scheme, typed[-1].authority
+    host_name, public_name = (re.sub(":[0-9]*$", "", name) for name in (host, authority))
 
     def respell(scheme: str, authority: str) -> list[UrlParts]:
-        paths = [parts.path for parts in typed]
-        return [
-            UrlParts(f"{scheme}://{authority}{path}", scheme, authority, path) for path in paths
-        ]
+        paths = {parts.path for parts in usual}
+        return [UrlParts(f"{scheme}://{authority}{p}", scheme, authority, p) for p in paths]
 
     lower = replace(request, method=request.method.lower())
     last = b'\n"@signature-params": '
@@ -875,28 +864,28 @@ def diagnose_message_signature(
     for token in tokens:
         with contextlib.suppress(ValueError):
             decoded.append(base64.b64decode(token, validate=True))
-    deviations = [  # request, URL, begin of the last line (b"": there is none), keys
-        ("the method in lower case", lower, typed, last, keys),
-        ('"signature-params" without @', request, typed, bare, keys),
-        ('the method in lower case and "signature-params" without @', lower, typed, bare, keys),
-        ('no line "@signature-params"', request, typed, b"", keys),
+    deviations = [  # request, URL, start of the last line (b"": there is none), keys
+        ("the method in lower case", lower, usual, last, keys),
+        ('"signature-params" without @', request, usual, bare, keys),
+        ('the method in lower case and "signature-params" without @', lower, usual, bare, keys),
+        ('no line "@signature-params"', request, usual, b"", keys),
         ("http instead of https", request, respell("http", authority), last, keys),
         ("the received Host as authority", request, respell(scheme, host), last, keys),
         ("the received Host without its port", request, respell(scheme, host_name), last, keys),
-        ("the token decoded from base64", request, typed, last, decoded),
+        ("the token decoded from base64", request, usual, last, decoded),
     ]
     with contextlib.suppress(SignatureError, ValueError):
         for covered, received in parse_message_signatures(request):
             with contextlib.suppress(SignatureError):
                 check_coverage(covered, now)
                 for name, variant, spellings, start, variant_keys in deviations:
-                    bases = []
+                    bases = set()
                     for parts in spellings:
                         lines, _, end = signature_base(variant, covered, parts).partition(last)
-                        bases.append(lines + start + end if start else lines)
+                        bases.add(lines + start + end if start else lines)
                     if is_message_signature(received, variant_keys, bases):
                         return f"would match with {name}"
-    if host and host_name.lower() != re.sub(":[0-9]*$", "", authority):
+    if host and host_name.lower() != public_name:
         return f"Host is {escape_text(host[:80])!r}, but public_url says {authority!r}"
     return ""
 
@@ -1020,7 +1009,9 @@ def verify_access_token(
         shown = describe_claim(kid)
         raise Refusal("oidc", f"unknown kid: the provider has no {algorithm} key with kid {shown}")
     if len(keys) > MAX_KEYS_TRIED:
-        raise Refusal("oidc", f"{len(keys)} keys fit the access token, expected {MAX_KEYS_TRIED}")
+        raise Refusal(
+            "oidc", f"{len(keys)} keys fit the access token, expected at most {MAX_KEYS_TRIED}"
+        )
     signed = f"{parts[0]}.{parts[1]}".encode()
     if not any(is_rsa_signature(signed, signature, algorithm, key) for key in keys):
         raise Refusal("oidc", f"the access token's signature matches none of {len(keys)} keys")
@@ -1097,8 +1088,7 @@ class JwksClient:
 
     def _matching(self, kid: Optional[str], algorithm: str) -> list[RsaKey]:
         """Return the known keys for a token with this kid (None: without one) and algorithm."""
-        known = self.keys or []
-        known = [key for key in known if key.algorithm in ("", algorithm)]
+        known = [key for key in self.keys or () if key.algorithm in ("", algorithm)]
         return [key for key in known if kid in (None, key.kid)]
 
     def _refresh(self) -> None:
