@@ -886,7 +886,7 @@ def diagnose_message_signature(
                     if is_message_signature(received, variant_keys, bases):
                         return f"would match with {name}"
     if host and host_name.lower() != public_name:
-        return f"Host is {escape_text(host[:80])!r}, but public_url says {authority!r}"
+        return f"Host is '{escape_text(host[:80])}', but public_url says '{authority}'"
     return ""
 
 
