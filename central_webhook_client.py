@@ -536,11 +536,10 @@ _BARE_ITEM = (
 
 
 class StructuredField:
-    """A scanner with the steps of RFC 8941 section 4.2. Each step raises SignatureError.
+    """A scanner with the steps of RFC 8941 section 4.2. Each step raises SignatureError."""
 
-    Security: nothing laxer than the RFC. A string with a line feed in it would let an attacker
-    write lines of the signature base (RFC 9421 section 7.5.3).
-    """
+    # Security: these are the grammars of RFC 8941 section 3, nothing laxer. A string with a line
+    # feed in it would let an attacker write lines of the signature base (RFC 9421 section 7.5.3).
 
     def __init__(self, text: str) -> None:
         self.text = text.strip(" ")
@@ -600,7 +599,7 @@ class StructuredField:
         if text[0] not in "-0123456789":
             return Item(None, text, {})
         if "." in text:
-            return Item(None, str(float(text) or 0.0), {})  # at most 15 digits: exact
+            return Item(None, str(float(text) or 0.0), {})  # exact: it has at most 15 digits
         return Item(int(text), str(int(text)), {})
 
     def parse_parameters(self) -> dict[str, Item]:
@@ -1178,8 +1177,9 @@ def http_request(
 ) -> tuple[int, bytes]:
     """Send a request; return the status, and the body up to MAX_ANSWER_BYTES + 1.
 
-    It takes at most `seconds`, plus the look-up of the host. Redirects are not followed. Proxies
-    are those of the environment (HTTPS_PROXY, NO_PROXY), but never for a loopback address.
+    It takes at most `seconds`, once the host is looked up and if its first address answers.
+    Redirects are not followed. Proxies are those of the environment (HTTPS_PROXY, NO_PROXY), but
+    a loopback address is never reached through one.
 
     Raises:
         OSError, ValueError, http.client.HTTPException: there is no whole answer in time.
@@ -1193,7 +1193,7 @@ def http_request(
     if not is_loopback(host):
         opener.add_handler(urllib.request.ProxyHandler())
     try:
-        # TCP and TLS get half of the time each.
+        # TCP and TLS get half of the time each; what is read has the deadline.
         with opener.open(request, timeout=seconds / 2) as answer:
             return answer.status, answer.read(MAX_ANSWER_BYTES + 1)
     except urllib.error.URLError as error:
