@@ -846,6 +846,10 @@ def diagnose_message_signature(
     Tries the ways in which signers deviate from RFC 9421, since nobody has published what new
     Central really signs. Costs a few signatures for each label and token, and raises nothing.
     """
+    try:
+        signatures = parse_message_signatures(request)
+    except SignatureError:
+        return ""
     usual = url.spellings
     scheme, authority = usual[-1].scheme, usual[-1].authority
     host = request.headers.get("host", "")
@@ -873,17 +877,16 @@ def diagnose_message_signature(
         ("the received Host without its port", request, respell(scheme, host_name), last, keys),
         ("the token decoded from base64", request, usual, last, decoded),
     ]
-    with contextlib.suppress(SignatureError, ValueError):
-        for covered, received in parse_message_signatures(request):
-            with contextlib.suppress(SignatureError):
-                check_coverage(covered, now)
-                for name, variant, spellings, start, variant_keys in deviations:
-                    bases = set()
-                    for parts in spellings:
-                        lines, _, end = signature_base(variant, covered, parts).partition(last)
-                        bases.add(lines + start + end if start else lines)
-                    if is_message_signature(received, variant_keys, bases):
-                        return f"would match with {name}"
+    for covered, received in signatures:
+        with contextlib.suppress(SignatureError):
+            check_coverage(covered, now)
+            for name, variant, spellings, start, variant_keys in deviations:
+                bases = []
+                for parts in spellings:
+                    lines, _, end = signature_base(variant, covered, parts).partition(last)
+                    bases.append(lines + start + end if start else lines)
+                if is_message_signature(received, variant_keys, bases):
+                    return f"would match with {name}"
     if host and host_name.lower() != public_name:
         return f"Host is '{escape_text(host[:80])}', but public_url says '{authority}'"
     return ""

@@ -559,6 +559,17 @@ class Diagnosis(unittest.TestCase):
                 shown = self.diagnose(signature, host="10.0.0.5:8443")
                 self.assertEqual(shown, f"would match with {hint}")
 
+    def test_each_label_and_each_token_is_tried(self):
+        deviating, uncovered = member(values={'"@method"': "post"}), member(('"@method"',))
+        request = message({"a": uncovered, "b": ("5", ":AAAA:"), "c": deviating})
+        url = product.parse_public_url(URL)
+        for tokens, hint in (
+            (["x", KEY], "would match with the method in lower case"),
+            (["x"], ""),
+        ):
+            found = product.diagnose_message_signature(request, tokens, url, NOW)
+            self.assertEqual(found, hint)
+
     def test_a_host_that_is_not_that_of_public_url_is_shown_shortened_and_escaped(self):
         for host, shown in {
             "10.0.0.5:8443": "'10.0.0.5:8443'",
