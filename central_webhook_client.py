@@ -553,13 +553,6 @@ class StructuredField:
         self.position = match.end()
         return match[0]
 
-    def skip(self, character: str) -> bool:
-        """Consume a character and return True if it is the next one."""
-        if not self.text.startswith(character, self.position):
-            return False
-        self.position += 1
-        return True
-
     def parse_dictionary(self) -> dict[str, Item]:
         """Section 4.2.2, but a repeated key is an error (RFC 9421 section 4)."""
         members: dict[str, Item] = {}
@@ -567,7 +560,7 @@ class StructuredField:
             key = self.parse_key()
             if key in members:
                 raise SignatureError(f"{key[:40]!r} is repeated in a structured field")
-            if not self.skip("="):
+            if not self.scan("=?"):
                 members[key] = Item(None, "?1", self.parse_parameters())
             elif self.text.startswith("(", self.position):
                 members[key] = self.parse_inner_list()
@@ -582,7 +575,7 @@ class StructuredField:
         """Section 4.2.1.2."""
         self.scan(r"\( *")
         items = []
-        while not self.skip(")"):
+        while not self.scan(r"\)?"):
             items.append(self.parse_item())
             self.scan(r" +|(?=\))")
         return Item(items, f"({' '.join(map(str, items))})", self.parse_parameters())
@@ -605,10 +598,9 @@ class StructuredField:
     def parse_parameters(self) -> dict[str, Item]:
         """Section 4.2.3.2: if a parameter is repeated, the last value wins."""
         parameters = {}
-        while self.skip(";"):
-            self.scan(" *")
+        while self.scan("(?:; *)?"):
             key = self.parse_key()
-            parameters[key] = self.parse_bare_item() if self.skip("=") else Item(None, "?1", {})
+            parameters[key] = self.parse_bare_item() if self.scan("=?") else Item(None, "?1", {})
         return parameters
 
     def parse_key(self) -> str:
@@ -1105,7 +1097,7 @@ class JwksClient:
             self.issuer = issuer
             self.answered = time.monotonic()
             log.info("%d OIDC keys of %s", len(self.keys), issuer)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
             self.failure = f"{self.oidc.well_known_url}: {error}"
             log.warning("no OIDC keys: %s", self.failure)
 
@@ -1118,89 +1110,55 @@ class JwksClient:
         return parse_json_object(data)
 
 
-class AnswerReader(io.RawIOBase):
-    """The receiving half of a client's connection, with a deadline for all that is read.
-
-    The timeout of a socket begins anew with each byte, so a server that drips would never end.
-    """
-
-    def __init__(self, connection: socket.socket, deadline: float) -> None:
-        """`deadline` is in monotonic seconds."""
-        super().__init__()
-        self.connection = connection
-        self.deadline = deadline
-        self.socket_file = connection.makefile("rb", buffering=0)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """Return a buffered reader, as a socket does: HTTPResponse asks for one."""
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: Any) -> Optional[int]:
-        """Receive what has arrived, or wait for it. Raises TimeoutError."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("no whole answer in time")
-        self.connection.settimeout(left)
-        return self.socket_file.readinto(buffer)
-
-    def close(self) -> None:
-        """Close this half; the last half that is closed closes the connection."""
-        self.socket_file.close()
-        super().close()
-
-
-class DeadlineHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens connections that are read through an AnswerReader, an answer to CONNECT included."""
-
-    def __init__(self, deadline: float) -> None:
-        super().__init__()
-        self.deadline = deadline
-
-    def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
-        """Open a connection with another class for its answers."""
-
-        def respond(connection: socket.socket, **more: Any) -> http.client.HTTPResponse:
-            reader: Any = AnswerReader(connection, self.deadline)
-            return http.client.HTTPResponse(reader, **more)
-
-        def connect(host: str, **more: Any) -> Any:
-            connection = http_class(host, **more)
-            connection.response_class = respond
-            return connection
-
-        return super().do_open(connect, req, **options)
-
-
 def http_request(
     method: str, url: str, headers: Mapping[str, str], body: Optional[bytes], seconds: float
 ) -> tuple[int, bytes]:
     """Send a request; return the status, and the body up to MAX_ANSWER_BYTES + 1.
 
-    It takes at most `seconds`, once the host is looked up and if its first address answers.
-    Redirects are not followed. Proxies are those of the environment (HTTPS_PROXY, NO_PROXY), but
-    a loopback address is never reached through one.
+    Returns within `seconds`. Redirects are not followed. Proxies are those of the environment
+    (HTTPS_PROXY, NO_PROXY), but a loopback address is never reached through one.
 
     Raises:
         OSError, ValueError, http.client.HTTPException: there is no whole answer in time.
+        RuntimeError: no thread can be started.
     """
     _, host = split_url(url)
     headers = {"User-Agent": f"{PROGRAM}/{VERSION}", **headers}
     request = urllib.request.Request(url, body, headers, method=method)
     opener = urllib.request.OpenerDirector()  # without the usual handlers of redirects and errors
-    opener.add_handler(DeadlineHandler(time.monotonic() + seconds))
+    opener.add_handler(urllib.request.HTTPHandler())
+    opener.add_handler(urllib.request.HTTPSHandler())
     opener.add_handler(urllib.request.UnknownHandler())
     if not is_loopback(host):
         opener.add_handler(urllib.request.ProxyHandler())
-    try:
-        # TCP and TLS get half of the time each; what is read has the deadline.
-        with opener.open(request, timeout=seconds / 2) as answer:
-            return answer.status, answer.read(MAX_ANSWER_BYTES + 1)
-    except urllib.error.URLError as error:
-        raise error.reason if isinstance(error.reason, OSError) else error from None
+    deadline = time.monotonic() + seconds
+    late = TimeoutError(f"no whole answer within {seconds:g} s")
+    answers: list[Any] = []
+
+    def run() -> None:
+        try:
+            with opener.open(request, timeout=seconds) as answer:
+                data = piece = answer.read1(MAX_ANSWER_BYTES + 1)
+                while piece and len(data) <= MAX_ANSWER_BYTES:
+                    if time.monotonic() > deadline:
+                        raise late
+                    piece = answer.read1(MAX_ANSWER_BYTES + 1 - len(data))
+                    data += piece
+                answers.append((answer.status, data))
+        except Exception as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            answers.append(reason if isinstance(reason, OSError) else error)
+
+    # In a thread, since the look-up of a host has no timeout, and the timeout of a socket begins
+    # anew with each byte: a server that drips its header would not end.
+    thread = threading.Thread(target=run, name="http_request", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    result = answers[0] if answers else late
+    if isinstance(result, Exception):
+        raise result
+    status, data = result
+    return status, data
 
 
 # ---- Replay protection ----------------------------------------------------------------------
