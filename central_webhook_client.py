@@ -70,6 +70,7 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass, replace
@@ -130,7 +131,6 @@ MAX_KEYS_TRIED = 16
 MIN_RSA_BITS = 2048
 MAX_RSA_BITS = 16384
 TOKEN_LEEWAY_SECONDS = 60
-MAX_QUERY_PARAMETERS = 100
 
 # ---- Errors ---------------------------------------------------------------------------------
 
@@ -495,219 +495,295 @@ def guess_format(body: bytes) -> str:
     return "neither JSON nor another known format"
 
 
-# ---- HTTP message signatures (RFC 9421) --------------------------------------------
-
-# Security: these are the grammars of RFC 8941 section 3, nothing laxer. A string that may hold a line feed lets an
-# attacker write lines of the signature base (RFC 9421 section 7.5.3).
-_SF_KEY = r"[a-z*][a-z0-9_.*-]*"
-_SF_BARE_ITEM = (
-    r'(?:"(?:[ !#-\[\]-~]|\\["\\])*"|-?[0-9]{1,15}(?![0-9.])|-?[0-9]{1,12}\.[0-9]{1,3}(?![0-9.])|\?[01]'
-    r"|:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?:|[A-Za-z*][!#$%&'*+\-.^_`|~0-9A-Za-z:/]*)"
-)
-_SF_PARAMETER = f"; *({_SF_KEY})(?:=({_SF_BARE_ITEM}))?"
-_SF_PARAMETERS = f"(?:; *{_SF_KEY}(?:={_SF_BARE_ITEM})?)*"
-_SF_ITEM = f"({_SF_BARE_ITEM})({_SF_PARAMETERS})"
-_SF_INNER_LIST = (
-    rf"\( *(?:{_SF_BARE_ITEM}{_SF_PARAMETERS}(?: +{_SF_BARE_ITEM}{_SF_PARAMETERS})* *)?\)"
-)
-_SF_MEMBER = f"({_SF_KEY})(?:=({_SF_INNER_LIST}|{_SF_BARE_ITEM}))?({_SF_PARAMETERS})"
-_SF_DICTIONARY = rf"{_SF_MEMBER}(?:[ \t]*,[ \t]*{_SF_MEMBER})*[ \t]*"
+# ---- HTTP message signatures (RFC 9421) -----------------------------------------------------
 
 
 class Item(NamedTuple):
-    """A member of a structured field. `value` is an int, a str, a list of items (an inner list), or None: another type.
-    `text` is its canonical form without parameters; bytes are not decoded, since they are compared encoded."""
+    """A member of a structured field: an item or an inner list (RFC 8941 section 3)."""
 
-    value: Any
-    text: str
+    value: Any  # an int, a str, or the items of an inner list; None: another type
+    text: str  # canonical, without the parameters
     parameters: dict[str, Item]
 
     def __str__(self) -> str:
-        """Serialise canonically (RFC 8941 section 4.1)."""
-        return self.text + "".join(
-            f";{k}" if v.text == "?1" else f";{k}={v.text}" for k, v in self.parameters.items()
-        )
+        """Serialize canonically (RFC 8941 section 4.1)."""
+        text = self.text
+        for name, item in self.parameters.items():
+            text += f";{name}" if item.text == "?1" else f";{name}={item.text}"
+        return text
 
 
-def parse_item(text: str, parameters: str = "") -> Item:
-    """Return an item or an inner list. Both texts match the grammar; of a parameter given twice the last one counts."""
-    found = {
-        name: parse_item(value or "?1") for name, value in re.findall(_SF_PARAMETER, parameters)
-    }
-    if text[0] == "(":
-        items = [parse_item(*pair) for pair in re.findall(_SF_ITEM, text)]
-        return Item(items, f"({' '.join(map(str, items))})", found)
-    if text[0] == '"':
-        return Item(re.sub(r"\\(.)", r"\1", text[1:-1]), text, found)
-    integer = int(text) if re.fullmatch("-?[0-9]+", text) else None
-    return Item(integer, text if integer is None else str(integer), found)
+_BARE_ITEM = (
+    r'"(?:[ !#-\[\]-~]|\\["\\])*"'  # a string: RFC 8941 section 4.2.5
+    r"|-?[0-9]{1,15}(?![0-9.])"  # an integer: 4.2.4
+    r"|-?[0-9]{1,12}\.[0-9]{1,3}(?![0-9.])"  # a decimal: 4.2.4
+    r"|[A-Za-z*][!#$%&'*+\-.^_`|~0-9A-Za-z:/]*"  # a token: 4.2.6
+    r"|:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?:"  # bytes: 4.2.7
+    r"|\?[01]"  # a Boolean: 4.2.8
+)
 
 
-@functools.lru_cache(
-    maxsize=8
-)  # webhooks that share a path, and the search for a hint, ask for the same again
-def parse_dictionary(text: str) -> dict[str, Item]:
-    """Parse a structured field that is a dictionary (section 4.2.2). A key that occurs twice is an error, unlike there.
+class StructuredField:
+    """A scanner with the steps of RFC 8941 section 4.2. Each step raises SignatureError."""
 
-    Raises SignatureError: the field is malformed.
-    """
-    text = text.strip(" ")
-    match = re.match(_SF_DICTIONARY, text)  # takes as much as is well-formed
-    end = match.end() if match else 0
-    if not match or end < len(text):
-        raise SignatureError(f"a structured field is malformed after character {end}")
-    found = re.findall(_SF_MEMBER, text)
-    for key in find_repeated(key for key, _, _ in found):
-        raise SignatureError(f"{key!r} occurs twice in a structured field")
-    return {key: parse_item(value or "?1", parameters) for key, value, parameters in found}
+    # Security: these are the grammars of RFC 8941 section 3, nothing laxer. A string with a line
+    # feed in it would let an attacker write lines of the signature base (RFC 9421 section 7.5.3).
+
+    def __init__(self, text: str) -> None:
+        self.text = text.strip(" ")
+        self.position = 0
+
+    def scan(self, pattern: str) -> str:
+        """Consume and return what matches at the position."""
+        match = re.compile(pattern).match(self.text, self.position)
+        if not match:
+            raise SignatureError(f"a structured field is malformed at character {self.position}")
+        self.position = match.end()
+        return match[0]
+
+    def parse_dictionary(self) -> dict[str, Item]:
+        """Section 4.2.2, but a repeated key is an error (RFC 9421 section 4)."""
+        members: dict[str, Item] = {}
+        while True:
+            key = self.parse_key()
+            if key in members:
+                raise SignatureError(f"{key[:40]!r} is repeated in a structured field")
+            if not self.scan("=?"):
+                members[key] = Item(None, "?1", self.parse_parameters())
+            elif self.text.startswith("(", self.position):
+                members[key] = self.parse_inner_list()
+            else:
+                members[key] = self.parse_item()
+            self.scan("[ \t]*")
+            if self.position == len(self.text):
+                return members
+            self.scan(",[ \t]*")
+
+    def parse_inner_list(self) -> Item:
+        """Section 4.2.1.2."""
+        self.scan(r"\( *")
+        items = []
+        while not self.scan(r"\)?"):
+            items.append(self.parse_item())
+            self.scan(r" +|(?=\))")
+        return Item(items, f"({' '.join(map(str, items))})", self.parse_parameters())
+
+    def parse_item(self) -> Item:
+        """Section 4.2.3."""
+        return self.parse_bare_item()._replace(parameters=self.parse_parameters())
+
+    def parse_bare_item(self) -> Item:
+        """Section 4.2.3.1. Bytes are not decoded, since they are compared in their encoded form."""
+        text = self.scan(_BARE_ITEM)
+        if text[0] == '"':
+            return Item(re.sub(r"\\(.)", r"\1", text[1:-1]), text, {})
+        if text[0] not in "-0123456789":
+            return Item(None, text, {})
+        if "." in text:
+            return Item(None, str(float(text) or 0.0), {})  # exact: it has at most 15 digits
+        return Item(int(text), str(int(text)), {})
+
+    def parse_parameters(self) -> dict[str, Item]:
+        """Section 4.2.3.2: if a parameter is repeated, the last value wins."""
+        parameters = {}
+        while self.scan("(?:; *)?"):
+            key = self.parse_key()
+            parameters[key] = self.parse_bare_item() if self.scan("=?") else Item(None, "?1", {})
+        return parameters
+
+    def parse_key(self) -> str:
+        """Section 4.2.3.3."""
+        return self.scan("[a-z*][a-z0-9_.*-]*")
 
 
-class PublicUrl(NamedTuple):
-    """The parts of the URL as typed into Central that RFC 9421 section 2.2 signs."""
+class UrlParts(NamedTuple):
+    """What RFC 9421 section 2.2 signs of a URL, in one spelling."""
 
-    targets: tuple[
-        str, ...
-    ]  # the URL without its query; without a path, signers differ on whether they add the "/"
+    target: str  # the URL without its query
     scheme: str
     authority: str
     path: str
 
 
+class PublicUrl(NamedTuple):
+    """The URL as typed into Central."""
+
+    path: str  # "/" if it is empty
+    spellings: tuple[UrlParts, ...]  # those that a signer may use: as typed, ..., normalized
+
+
 def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
-    """Split an absolute http or https URL; return its host as well. Raises ValueError with what is wrong with it."""
+    """Split an absolute URL; return its host in lower case as well.
+
+    Raises:
+        ValueError: it is not an http or https URL.
+    """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("expected an http or https URL")
-    return parts, parts.hostname  # which urlsplit has made lower case
+    return parts, parts.hostname
 
 
 def format_host(host: str) -> str:
-    """Write a host as it stands in a URL: IPv6 addresses in brackets."""
+    """Return a host as it is written in a URL: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def parse_public_url(url: str) -> PublicUrl:
-    """Return the parts of a public URL. Raises ValueError with what is wrong with it."""
+    """Parse the URL as typed into Central.
+
+    Signers differ on whether they normalize it (scheme and host in lower case, no default port,
+    "/" for an empty path), and may do so in `@authority` but not in `@target-uri`.
+
+    Raises:
+        ValueError: it is not an http or https URL in ASCII, or it has a user or a fragment.
+    """
     parts, hostname = split_url(url)
     if not re.fullmatch(r"[\x21-\x7e]+", url) or "@" in parts.netloc or "#" in url:
         raise ValueError("expected an http or https URL in ASCII without user and fragment")
-    default_port = {"http": 80, "https": 443}[parts.scheme]
-    authority = format_host(hostname) + (
-        "" if parts.port in (None, default_port) else f":{parts.port}"
-    )
     target = url.partition("?")[0]
-    targets = (target,) if parts.path else (target, target + "/")
-    return PublicUrl(targets, parts.scheme, authority, parts.path or "/")
+    path = parts.path or "/"
+    authority = format_host(hostname)
+    if parts.port not in (None, {"http": 80, "https": 443}[parts.scheme]):
+        authority += f":{parts.port}"
+    with_slash = target if parts.path else target + "/"
+    spellings = itertools.product(
+        dict.fromkeys([target, with_slash, f"{parts.scheme}://{authority}{path}"]),
+        dict.fromkeys([url.partition(":")[0], parts.scheme]),
+        dict.fromkeys([parts.netloc, authority]),
+        dict.fromkeys([parts.path, path]),
+    )
+    return PublicUrl(path, tuple(UrlParts(*spelling) for spelling in spellings))
 
 
-def encode_query(text: str) -> str:
-    """Percent-encode a parameter of the query (RFC 9421 section 2.2.8)."""
-    return urllib.parse.quote(text, safe="*-._").replace("~", "%7E")
+def signature_base(request: Request, covered: Item, url: UrlParts) -> bytes:
+    """Return the bytes to sign (RFC 9421 section 2.5): a line for each component, and `covered`.
 
-
-def component_value(request: Request, component: Item, url: PublicUrl, target: str) -> str:
-    """Return the value of a covered component (RFC 9421 sections 2.1, 2.2). Raises SignatureError without one."""
-    name, query = component.value, "" if request.query is None else "?" + request.query
-    values: dict[str, Optional[str]] = {
+    Raises:
+        SignatureError: a component is missing, or not supported: `@query-param`, those of
+            responses, and all with parameters.
+    """
+    query = "" if request.query is None else "?" + request.query
+    # Security: scheme, authority and path are configured. Host and X-Forwarded-* are whatever the
+    # sender writes, so a signature made for another receiver would pass.
+    derived = {  # section 2.2
         "@method": request.method,
-        "@target-uri": target + query,
+        "@target-uri": url.target + query,
         "@authority": url.authority,
         "@scheme": url.scheme,
         "@request-target": url.path + query,
         "@path": url.path,
         "@query": query or "?",
     }
-    value = values.get(name) if name.startswith("@") else request.headers.get(name)
-    if component.parameters:
-        value = None
-        if name == "@query-param" and list(component.parameters) == ["name"]:
-            with contextlib.suppress(ValueError):  # more than so many parameters
-                pairs = urllib.parse.parse_qsl(
-                    query[1:], keep_blank_values=True, max_num_fields=MAX_QUERY_PARAMETERS
-                )
-                found = [
-                    encode_query(v)
-                    for k, v in pairs
-                    if encode_query(k) == component.parameters["name"].value
-                ]
-                value = found[0] if len(found) == 1 else None
-    if value is None:
-        raise SignatureError(f"the covered component {component} is missing or not supported")
-    return value
-
-
-def signature_base(request: Request, covered: Item, url: PublicUrl, target: str) -> bytes:
-    """Return the bytes to sign (RFC 9421 section 2.5): a line for each component, and the re-serialised list."""
-    lines = [f"{item}: {component_value(request, item, url, target)}" for item in covered.value]
+    lines = []
+    for item in covered.value:
+        values = derived if item.value.startswith("@") else request.headers
+        if item.parameters or item.value not in values:
+            shown = str(item)[:80]
+            raise SignatureError(f"the covered component {shown} is missing or not supported")
+        lines.append(f"{item}: {values[item.value]}")
     return "\n".join([*lines, f'"@signature-params": {covered}']).encode("latin-1")
 
 
-_SIGNATURE_PARAMETERS = {
-    "created": int,
-    "expires": int,
-    "nonce": str,
-    "alg": str,
-    "keyid": str,
-    "tag": str,
-}
+# RFC 9421 section 2.3. Other parameters are part of the base, so they are accepted.
+_PARAMETERS = {"created": int, "expires": int, "nonce": str, "alg": str, "keyid": str, "tag": str}
 
 
 def check_coverage(covered: Item, now: float) -> None:
     """Check what a signature covers and claims; `now` is in epoch seconds.
 
     Raises:
-        SignatureError: it leaves out the method, the target or a time; has a parameter of the wrong type, another
-            algorithm or a component twice; or has expired.
+        SignatureError: it leaves out the method, the target or a time; covers a component twice;
+            has a parameter of the wrong type or another algorithm; or has expired.
     """
-    if not isinstance(covered.value, list) or not all(
-        isinstance(item.value, str) for item in covered.value
-    ):
-        raise SignatureError("a member of signature-input is no list of strings")
-    if len(covered.value) > MAX_COMPONENTS:
+    items = covered.value
+    if not isinstance(items, list) or not all(isinstance(item.value, str) for item in items):
+        raise SignatureError("a member of signature-input is not a list of strings")
+    names = [item.value for item in items]
+    if len(names) > MAX_COMPONENTS:
         raise SignatureError(f"more than {MAX_COMPONENTS} components are covered")
-    names, values = (
-        {str(item)[1:-1] for item in covered.value},
-        {k: v.value for k, v in covered.parameters.items()},
-    )
-    if len(names) < len(covered.value):
+    if len(set(names)) < len(names):
         raise SignatureError("a component is covered twice")
-    for name, value in values.items():
-        if not isinstance(
-            value, _SIGNATURE_PARAMETERS.get(name, object)
-        ):  # unknown ones are part of the base
+    parameters = {name: item.value for name, item in covered.parameters.items()}
+    for name, value in parameters.items():
+        if not isinstance(value, _PARAMETERS.get(name, object)):
             raise SignatureError(f"the signature parameter {name!r} is of the wrong type")
-    if values.get("alg", "hmac-sha256") != "hmac-sha256":
-        raise SignatureError(f"the algorithm is {values['alg']!r}, expected 'hmac-sha256'")
-    if values.get("expires", now) < now:
-        raise SignatureError(f"the signature expired {now - values['expires']:.0f} s ago")
-    if "@method" not in names or not ("@target-uri" in names or {"@authority", "@path"} <= names):
+    algorithm = parameters.get("alg", "hmac-sha256")
+    if algorithm != "hmac-sha256":
+        raise SignatureError(f"the algorithm is {algorithm[:40]!r}, expected 'hmac-sha256'")
+    expires = parameters.get("expires", now)
+    if expires < now:
+        raise SignatureError(f"the signature expired {now - expires:.0f} s ago")
+    has_target = "@target-uri" in names or ("@authority" in names and "@path" in names)
+    if "@method" not in names or not has_target:
         raise SignatureError(
             "the signature does not cover @method, and @target-uri or @authority and @path"
         )
-    if "date" not in names and "created" not in values:
+    if "date" not in names and "created" not in parameters:
         raise SignatureError("the signature covers no time: neither date nor created")
 
 
 def check_content_digest(request: Request) -> None:
-    """Check the body against its Content-Digest (RFC 9530): every sha-256 and sha-512 in it, at least one of them."""
-    digests = parse_dictionary(request.headers["content-digest"])
+    """Check that each sha-256 and sha-512 of Content-Digest (RFC 9530) is that of the body.
+
+    Raises:
+        SignatureError: one is not, or there is neither.
+    """
+    digests = StructuredField(request.headers["content-digest"]).parse_dictionary()
     known = [name for name in ("sha-256", "sha-512") if name in digests]
+    if not known:
+        raise SignatureError("content-digest has neither sha-256 nor sha-512")
     for name in known:
         digest = hashlib.new(name.replace("-", ""), request.body).digest()
-        if not hmac.compare_digest(b":%b:" % base64.b64encode(digest), digests[name].text.encode()):
-            known = []
-    if not known:
-        raise SignatureError(
-            "content-digest does not match the body, or has neither sha-256 nor sha-512"
-        )
+        if digests[name].text != f":{base64.b64encode(digest).decode()}:":
+            raise SignatureError(f"the {name} of content-digest does not match the body")
 
 
-def sign_base(token: str, base: bytes) -> list[bytes]:
-    """Return the signatures that a token may make, as structured bytes: of its text, and of its bytes where it is
-    hexadecimal, since nobody has published which of both new Central means."""
-    is_hex = re.fullmatch(r"(?:[0-9a-fA-F]{2})+", token)
-    keys = [token.encode(), bytes.fromhex(token)] if is_hex else [token.encode()]
-    return [b":%b:" % base64.b64encode(hmac.digest(key, base, "sha256")) for key in keys]
+def hmac_keys(token: str) -> list[bytes]:
+    """Return the keys that a token may stand for: its text, and its bytes if it is hexadecimal.
+
+    The vendor's documentation does not say which of both new Central uses.
+    """
+    keys = [token.encode()]
+    if re.fullmatch(r"(?:[0-9a-fA-F]{2})+", token):
+        keys.append(bytes.fromhex(token))
+    return keys
+
+
+def sign_base(key: bytes, base: bytes) -> bytes:
+    """Return the hmac-sha256 signature of a base, encoded as in a structured field."""
+    return b":%b:" % base64.b64encode(hmac.digest(key, base, "sha256"))
+
+
+def is_message_signature(received: bytes, keys: Sequence[bytes], bases: Iterable[bytes]) -> bool:
+    """Return True if `received` is the signature of one of the bases with one of the keys."""
+    expected = [sign_base(key, base) for base in bases for key in keys]
+    return any([hmac.compare_digest(signature, received) for signature in expected])
+
+
+def parse_message_signatures(request: Request) -> list[tuple[Item, bytes]]:
+    """Return what each signature of a request covers, and the signature in its encoded form.
+
+    Labels that are in only one of `signature-input` and `signature` are passed over.
+
+    Raises:
+        SignatureError: a header is missing, malformed or too long, or there are too many labels.
+    """
+    fields = []
+    for name in ("signature-input", "signature"):
+        text = request.headers.get(name, "")
+        if not text:
+            raise SignatureError(f"{name} is missing or empty")
+        if len(text) > MAX_SIGNATURE_FIELD_BYTES:
+            raise SignatureError(f"{name} is above {MAX_SIGNATURE_FIELD_BYTES} bytes")
+        fields.append(StructuredField(text).parse_dictionary())
+        if len(fields[-1]) > MAX_LABELS:
+            raise SignatureError(f"{name} has more than {MAX_LABELS} labels")
+    inputs, signatures = fields
+    labels = [label for label in inputs if label in signatures]
+    if not labels:
+        raise SignatureError("no label is in both signature-input and signature")
+    return [(inputs[label], signatures[label].text.encode()) for label in labels]
 
 
 def verify_message_signature(
@@ -715,81 +791,109 @@ def verify_message_signature(
 ) -> Verified:
     """Verify an hmac-sha256 signature over an HTTP message (RFC 9421) as new Central makes it.
 
-    Scheme, authority and path are those of `url`, never of the request. A normal return is the position of the token
-    that matched, and the signed time in epoch seconds (None: not understood). It proves nothing of the body unless the
-    signature covers content-digest.
+    `now` is in epoch seconds. A normal return proves that the sender knows the token and signed
+    the method, the URL and the time. It proves nothing of the body unless the signature covers
+    content-digest.
 
     Raises:
-        SignatureError: a header is missing or malformed, or no label has a good signature: then why the last has none.
+        SignatureError: no signature is good; then why the last one is not.
     """
-    fields = [request.headers.get(name, "") for name in ("signature-input", "signature")]
-    if not all(fields):
-        raise SignatureError("missing or empty: signature or signature-input")
-    if max(map(len, fields)) > MAX_SIGNATURE_FIELD_BYTES:
-        raise SignatureError(
-            f"signature or signature-input is above {MAX_SIGNATURE_FIELD_BYTES} bytes"
-        )
-    inputs, signatures = map(parse_dictionary, fields)
-    if max(len(inputs), len(signatures)) > MAX_LABELS:
-        raise SignatureError(f"more than {MAX_LABELS} signatures")
-    failure = SignatureError("no label stands in both signature and signature-input")
-    for label in [label for label in inputs if label in signatures]:
-        covered, received = inputs[label], signatures[label].text.encode()
+    failure = SignatureError("no signature was tried")
+    for covered, received in parse_message_signatures(request):
         try:
             check_coverage(covered, now)
-            bases = [signature_base(request, covered, url, target) for target in url.targets]
-            for position, token in enumerate(tokens):
-                if any(
-                    [
-                        hmac.compare_digest(s, received)
-                        for base in bases
-                        for s in sign_base(token, base)
-                    ]
-                ):
-                    if any(item.value == "content-digest" for item in covered.value):
-                        check_content_digest(request)
-                    created = covered.parameters.get("created")
-                    if created:
-                        return Verified(position, created.value)
-                    date = request.headers["date"]
-                    return Verified(position, parse_http_date(date))
+            bases = {signature_base(request, covered, spelling) for spelling in url.spellings}
+            for index, token in enumerate(tokens):
+                if not is_message_signature(received, hmac_keys(token), bases):
+                    continue
+                if any(item.value == "content-digest" for item in covered.value):
+                    check_content_digest(request)
+                created = covered.parameters.get("created")
+                if created:
+                    return Verified(index, created.value)
+                return Verified(index, parse_http_date(request.headers["date"]))
             raise SignatureError("signature does not match")
-        except (
-            SignatureError
-        ) as error:  # RFC 9421 section 7.2.6: a bad signature beside a good one does no harm
+        except SignatureError as error:  # a bad one beside a good one does no harm: section 7.2.6
             failure = error
     raise failure
 
 
 def diagnose_message_signature(
-    request: Request, tokens: Sequence[str], public_url: PublicUrl, now: float
+    request: Request, tokens: Sequence[str], url: PublicUrl, now: float
 ) -> str:
-    """Return a hint why a signature does not match; "" without one."""
+    """Return a hint why a signature does not match, for the log alone; "" without one.
+
+    Tries the ways in which signers deviate from RFC 9421, since nobody has published what new
+    Central really signs. Costs a few signatures for each label and token, and raises nothing.
+    """
+    try:
+        signatures = parse_message_signatures(request)
+    except SignatureError:
+        return ""
+    usual = url.spellings
+    scheme, authority = usual[-1].scheme, usual[-1].authority
+    host = request.headers.get("host", "")
+    host_name, public_name = (re.sub(":[0-9]*$", "", name) for name in (host, authority))
+
+    def respell(scheme: str, authority: str) -> list[UrlParts]:
+        paths = {parts.path for parts in usual}
+        return [UrlParts(f"{scheme}://{authority}{p}", scheme, authority, p) for p in paths]
+
+    lower = replace(request, method=request.method.lower())
+    last = b'\n"@signature-params": '
+    bare = b'\n"signature-params": '
+    keys = [key for token in tokens for key in hmac_keys(token)]
+    decoded = []
+    for token in tokens:
+        with contextlib.suppress(ValueError):
+            decoded.append(base64.b64decode(token, validate=True))
+    deviations = [  # request, URL, start of the last line (b"": there is none), keys
+        ("the method in lower case", lower, usual, last, keys),
+        ('"signature-params" without @', request, usual, bare, keys),
+        ('the method in lower case and "signature-params" without @', lower, usual, bare, keys),
+        ('no line "@signature-params"', request, usual, b"", keys),
+        ("http instead of https", request, respell("http", authority), last, keys),
+        ("the received Host as authority", request, respell(scheme, host), last, keys),
+        ("the received Host without its port", request, respell(scheme, host_name), last, keys),
+        ("the token decoded from base64", request, usual, last, decoded),
+    ]
+    for covered, received in signatures:
+        with contextlib.suppress(SignatureError):
+            check_coverage(covered, now)
+            for name, variant, spellings, start, variant_keys in deviations:
+                bases = []
+                for parts in spellings:
+                    lines, _, end = signature_base(variant, covered, parts).partition(last)
+                    bases.append(lines + start + end if start else lines)
+                if is_message_signature(received, variant_keys, bases):
+                    return f"would match with {name}"
+    if host and host_name.lower() != public_name:
+        return f"Host is '{escape_text(host[:80])}', but public_url says '{authority}'"
     return ""
 
 
-# ---- OIDC access tokens -----------------------------------------------------
+# ---- OIDC access tokens ---------------------------------------------------------------------
 
 
 class Oidc(NamedTuple):
-    """What an access token must say, as configured."""
+    """What an access token must say, as configured: `audience`, `client_id` or both are set."""
 
     well_known_url: str
     audience: Optional[str]
     client_id: Optional[str]
-    issuer: Optional[str]
+    issuer: Optional[str]  # None: the one that the provider names
 
 
 class RsaKey(NamedTuple):
-    """A provider's public key: key ID and algorithm ("" = any) where it names them, modulus, exponent."""
+    """A public key of a provider."""
 
-    kid: Optional[str]
-    algorithm: str
-    n: int
-    e: int
+    kid: Optional[str]  # key ID
+    algorithm: str  # "": any
+    n: int  # modulus
+    e: int  # exponent
 
 
-RSA_ALGORITHMS = {  # RFC 7518 section 3.3; the DigestInfo prefixes are those of RFC 8017 section 9.2, note 1
+RSA_ALGORITHMS = {  # RFC 7518 section 3.3: hash, DigestInfo prefix (RFC 8017 section 9.2, note 1)
     "RS256": ("sha256", bytes.fromhex("3031300d060960864801650304020105000420")),
     "RS384": ("sha384", bytes.fromhex("3041300d060960864801650304020205000430")),
     "RS512": ("sha512", bytes.fromhex("3051300d060960864801650304020305000440")),
@@ -805,34 +909,40 @@ def decode_base64url(text: str) -> bytes:
 
 
 def is_rsa_signature(signed: bytes, signature: bytes, algorithm: str, key: RsaKey) -> bool:
-    """Tell whether `signature` is that of `key` over `signed` (RSASSA-PKCS1-v1_5, RFC 8017 section 8.2.2)."""
-    digest, prefix = RSA_ALGORITHMS[algorithm]
-    size, number = (key.n.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+    """Return True if `signature` is that of `key` over `signed`.
+
+    The scheme is RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.2).
+    """
+    digest_name, prefix = RSA_ALGORITHMS[algorithm]
+    size = (key.n.bit_length() + 7) // 8
+    number = int.from_bytes(signature, "big")
     if len(signature) != size or number >= key.n:
         return False
-    # Security: build the one block that is right and compare it whole. Parsing the padding of what came in is how
-    # forged signatures for small exponents got through (Bleichenbacher 2006).
-    tail = b"\x00" + prefix + hashlib.new(digest, signed).digest()
+    # Security: construct the expected block and compare it in full. Parsing the padding of the
+    # received one let forged signatures for small exponents through (Bleichenbacher 2006).
+    tail = b"\x00" + prefix + hashlib.new(digest_name, signed).digest()
     expected = b"\x00\x01" + b"\xff" * (size - len(tail) - 2) + tail
     return hmac.compare_digest(expected, pow(number, key.e, key.n).to_bytes(size, "big"))
 
 
 def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
-    """Return the RSA signing keys of a JWK set (RFC 7517) that are safe to use. Raises ValueError if it is none."""
+    """Return the RSA keys of a JWK set (RFC 7517) that may verify and are safe to use.
+
+    Raises:
+        ValueError: it is not a JWK set.
+    """
     if not isinstance(jwks.get("keys"), list):
-        raise ValueError("the answer is no JWK set")
+        raise ValueError("expected a JWK set")
     keys = []
     for jwk in jwks["keys"]:
         if not isinstance(jwk, dict) or jwk.get("kty") != "RSA" or jwk.get("use", "sig") != "sig":
             continue
-        operations = jwk.get("key_ops", ["verify"])  # RFC 7517 section 4.3
+        operations = jwk.get("key_ops", ["verify"])  # section 4.3
         if not isinstance(operations, list) or "verify" not in operations:
             continue
         try:
-            n, e = (
-                int.from_bytes(decode_base64url(str(jwk.get(name, ""))), "big")
-                for name in ("n", "e")
-            )
+            n = int.from_bytes(decode_base64url(str(jwk.get("n", ""))), "big")
+            e = int.from_bytes(decode_base64url(str(jwk.get("e", ""))), "big")
         except ValueError:
             continue
         if MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS and n % 2 and e % 2 and 3 <= e < 2**64:
@@ -846,191 +956,200 @@ def verify_access_token(
     signing_keys: Callable[[Optional[str], str], tuple[str, Sequence[RsaKey]]],
     now: float,
 ) -> None:
-    """Verify `Authorization: Bearer` with a JWT signed RS256, RS384 or RS512 (RFC 6750, 7519, 8725, 9068).
+    """Verify `Authorization: Bearer` with a JWT signed RS256, RS384 or RS512 (RFC 9068 section 4).
 
-    `signing_keys(kid, algorithm)` returns the provider's issuer and keys; `now` is in epoch seconds.
+    `signing_keys(kid, algorithm)` returns the provider's issuer and its keys for such a token;
+    `now` is in epoch seconds. A normal return proves that the provider issued the token, for us,
+    and that it is valid now. It does not prove that its sender sent this delivery.
 
     Raises:
-        Refusal: the token is missing, not valid, not for us or not now.
+        Refusal: the token is missing, malformed, not signed by the provider, not for us or not
+            valid now; and what `signing_keys` raises.
     """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     parts = token.split(".")
     try:
         if scheme.lower() != "bearer" or len(parts) != 3 or "authorization" in request.repeated:
             raise ValueError
-        header, claims = map(parse_json_object, map(decode_base64url, parts[:2]))
+        header = parse_json_object(decode_base64url(parts[0]))
+        claims = parse_json_object(decode_base64url(parts[1]))
         signature = decode_base64url(parts[2])
     except ValueError:
-        raise Refusal("oidc", "authorization is missing, there twice, or no bearer JWT") from None
-    algorithm, kid = header.get("alg"), header.get("kid")
-    # Security: the algorithm is one of ours, whatever the token says: "none" and HS256 with the public key as secret
-    # are the classic forgeries (RFC 8725 section 3.1). Keys come from the provider only, never from jku, x5u or jwk.
+        raise Refusal("oidc", "authorization is missing, repeated or not a bearer JWT") from None
+    # Security: the algorithm is one of ours, whatever the token says: "none" and HS256 with the
+    # public key as secret are the classic forgeries (RFC 8725 section 3.1). Keys come from the
+    # provider alone, never from the jku, x5u or jwk of the token.
+    algorithm = header.get("alg")
     if not isinstance(algorithm, str) or algorithm not in RSA_ALGORITHMS:
-        raise Refusal(
-            "oidc",
-            f"the access token's alg is {str(algorithm)[:20]!r}, expected RS256, RS384 or RS512",
-        )
+        shown = describe_claim(algorithm)
+        raise Refusal("oidc", f"the access token's alg is {shown}, expected RS256, RS384 or RS512")
     if "crit" in header or not isinstance(header.get("kid", ""), str):
-        raise Refusal(
-            "oidc", "the access token has critical extensions, or a kid that is not a string"
-        )
+        raise Refusal("oidc", "the access token has crit, or a kid that is not a string")
+    kid = header.get("kid")
     issuer, keys = signing_keys(kid, algorithm)
-    signed = f"{parts[0]}.{parts[1]}".encode()
     if not keys:
+        shown = describe_claim(kid)
+        raise Refusal("oidc", f"unknown kid: the provider has no {algorithm} key with kid {shown}")
+    if len(keys) > MAX_KEYS_TRIED:
         raise Refusal(
-            "oidc", f"unknown kid: the provider has no {algorithm} key called {describe_claim(kid)}"
+            "oidc", f"{len(keys)} keys fit the access token, expected at most {MAX_KEYS_TRIED}"
         )
-    if len(keys) > MAX_KEYS_TRIED or not any(
-        is_rsa_signature(signed, signature, algorithm, key) for key in keys
-    ):
-        raise Refusal(
-            "oidc",
-            f"the access token's signature fits none of {len(keys)} keys (at most {MAX_KEYS_TRIED})",
-        )
+    signed = f"{parts[0]}.{parts[1]}".encode()
+    if not any(is_rsa_signature(signed, signature, algorithm, key) for key in keys):
+        raise Refusal("oidc", f"the access token's signature matches none of {len(keys)} keys")
     check_claims(claims, oidc, oidc.issuer or issuer, now)
 
 
 def check_claims(claims: dict[str, Any], oidc: Oidc, issuer: str, now: float) -> None:
-    """Check expiry, issuer, audience and client of a verified token (RFC 7519 section 4.1). Raises Refusal."""
+    """Check times, issuer, audience and client of a verified token (RFC 7519 section 4.1).
+
+    Raises:
+        Refusal: one of them is missing or not as expected.
+    """
     for name, default in (("exp", None), ("nbf", now)):
         value = claims.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e12:
-            raise Refusal("oidc", f"the access token's {name} is missing or no time")
-        late = now - value if name == "exp" else value - now
-        if late > TOKEN_LEEWAY_SECONDS:
-            raise Refusal("oidc", f"the access token's {name} is off by {late:.0f} s")
+            raise Refusal("oidc", f"the access token's {name} is missing or not a time")
+        seconds = now - value if name == "exp" else value - now
+        if seconds > TOKEN_LEEWAY_SECONDS:
+            raise Refusal("oidc", f"the access token's {name} is off by {seconds:.0f} s")
     audience = claims.get("aud")
     audiences = audience if isinstance(audience, list) else [audience]
-    clients = [
-        claims[name] for name in ("azp", "client_id", "appid", "cid") if name in claims
-    ]  # cid: Okta
-    if claims.get("iss") != issuer:
-        raise Refusal(
-            "oidc",
-            f"the access token's iss is {describe_claim(claims.get('iss'))}, expected {issuer!r}",
-        )
-    if oidc.audience is not None and oidc.audience not in audiences:
-        found = describe_claim(audience)
-        raise Refusal(
-            "oidc", f"the access token's aud (audience) is {found}, expected {oidc.audience!r}"
-        )
-    if oidc.client_id is not None and oidc.client_id not in clients:
-        found = describe_claim(clients)
-        raise Refusal("oidc", f"the access token's client is {found}, expected {oidc.client_id!r}")
+    client_names = ("azp", "client_id", "appid", "cid")  # Keycloak, RFC 9068, Entra ID, Okta
+    clients = [claims[name] for name in client_names if name in claims]
+    rules = [
+        ("iss (issuer)", claims.get("iss"), [claims.get("iss")], issuer),
+        ("aud (audience)", audience, audiences, oidc.audience),
+        ("client", clients, clients, oidc.client_id),
+    ]
+    for name, found, values, expected in rules:
+        if expected is not None and expected not in values:
+            shown = describe_claim(found)
+            raise Refusal("oidc", f"the access token's {name} is {shown}, expected {expected!r}")
 
 
 def describe_claim(value: Any) -> str:
-    """Show a claim of a token whose signature is verified, shortened."""
+    """Return a value of a token for the log: as JSON, which escapes it, and shortened."""
     return json.dumps(value)[:200]
 
 
 class JwksClient:
-    """The keys of one OIDC provider, asked for when they are needed. A class because the answer is remembered.
-
-    Always true: ten seconds lie between two questions, failed ones included, and none takes longer than five.
-    """
+    """The keys of an OIDC provider, fetched when they are needed and cached. Thread-safe."""
 
     def __init__(self, oidc: Oidc) -> None:
-        self.oidc, self.lock, self.failure, self.issuer = (
-            oidc,
-            threading.Lock(),
-            "no answer yet",
-            "",
-        )
-        self.keys: Optional[list[RsaKey]] = None
-        self.asked = self.answered = -1e9
+        self.oidc = oidc
+        self.lock = threading.Lock()  # held by the thread that refreshes
+        self.issuer = ""
+        self.keys: Optional[list[RsaKey]] = None  # None: never obtained
+        self.failure = "not asked yet"
+        self.asked = float("-inf")  # monotonic seconds
+        self.answered = float("-inf")
 
     def signing_keys(self, kid: Optional[str], algorithm: str) -> tuple[str, list[RsaKey]]:
-        """Return the issuer, and the keys that a token with this key ID and algorithm may be signed with.
+        """Return the issuer, and the keys that a token with this kid and algorithm may have.
 
-        Raises Refusal: the provider has never given its keys.
+        Fetches them if none matches or they are old, but at most once in twice PROVIDER_SECONDS,
+        failures included. Callers whose key is known do not wait for another thread's refresh.
+
+        Raises:
+            Refusal: the keys were never obtained.
         """
-        if self.lock.acquire(
-            blocking=not self.fitting(kid, algorithm)
-        ):  # others wait for who asks, if they must
+        if self.lock.acquire(blocking=not self._matching(kid, algorithm)):
             try:
                 now = time.monotonic()
-                wanted = (
-                    not self.fitting(kid, algorithm) or now - self.answered > PROVIDER_KEYS_SECONDS
-                )
-                if wanted and now - self.asked >= 2 * PROVIDER_SECONDS:
+                is_old = now - self.answered > PROVIDER_KEYS_SECONDS
+                is_allowed = now - self.asked >= 2 * PROVIDER_SECONDS
+                if is_allowed and (is_old or not self._matching(kid, algorithm)):
                     self.asked = now
-                    self.ask()
+                    self._refresh()
             finally:
                 self.lock.release()
         if self.keys is None:
             raise Refusal("provider", f"no keys of the OIDC provider: {self.failure}")
-        return self.issuer, self.fitting(kid, algorithm)
+        return self.issuer, self._matching(kid, algorithm)
 
-    def fitting(self, kid: Optional[str], algorithm: str) -> list[RsaKey]:
-        """Return the known keys that fit."""
-        return [
-            key
-            for key in self.keys or ()
-            if kid in (None, key.kid) and key.algorithm in ("", algorithm)
-        ]
+    def _matching(self, kid: Optional[str], algorithm: str) -> list[RsaKey]:
+        """Return the known keys for a token with this kid (None: without one) and algorithm."""
+        known = [key for key in self.keys or () if key.algorithm in ("", algorithm)]
+        return [key for key in known if kid in (None, key.kid)]
 
-    def ask(self) -> None:
-        """Fetch the discovery document and the keys that it names."""
+    def _refresh(self) -> None:
+        """Fetch the discovery document and the keys that it names; log a failure."""
         try:
-            document = self.fetch(self.oidc.well_known_url)
-            issuer, url = document.get("issuer"), str(document.get("jwks_uri"))
-            parse_provider_url(url)
+            document = self._fetch(self.oidc.well_known_url)
+            issuer = document.get("issuer")
+            try:
+                url = parse_provider_url(document.get("jwks_uri"))
+            except ValueError:
+                raise ValueError("the discovery document has no jwks_uri over https") from None
             if not isinstance(issuer, str):
-                raise ValueError("the discovery document has no issuer, or no jwks_uri over https")
-            keys = parse_rsa_keys(self.fetch(url))
-            self.issuer, self.keys, self.answered = issuer, keys, time.monotonic()
-            log.info(f"{len(keys)} OIDC keys of {issuer}")
+                raise ValueError("the discovery document has no issuer")
+            self.keys = parse_rsa_keys(self._fetch(url))
+            self.issuer = issuer
+            self.answered = time.monotonic()
+            log.info("%d OIDC keys of %s", len(self.keys), issuer)
         except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
             self.failure = f"{self.oidc.well_known_url}: {error}"
-            log.warning(f"no OIDC keys: {self.failure}")
+            log.warning("no OIDC keys: %s", self.failure)
 
-    def fetch(self, url: str) -> dict[str, Any]:
-        """Fetch a JSON object."""
+    def _fetch(self, url: str) -> dict[str, Any]:
+        """Fetch a JSON object. Raises what `http_request` raises, and ValueError."""
         status, data = http_request("GET", url, {"Accept": JSON}, None, PROVIDER_SECONDS / 2)
         if status != 200 or len(data) > MAX_ANSWER_BYTES:
-            raise ValueError(
-                f"status {status} and {len(data)} bytes, expected 200 and at most {MAX_ANSWER_BYTES}"
-            )
+            limit = f"200 and at most {MAX_ANSWER_BYTES}"
+            raise ValueError(f"status {status} and {len(data)} bytes, expected {limit}")
         return parse_json_object(data)
 
 
 def http_request(
     method: str, url: str, headers: Mapping[str, str], body: Optional[bytes], seconds: float
 ) -> tuple[int, bytes]:
-    """Send a request; return status and body of the answer, of which it reads MAX_ANSWER_BYTES and one. No redirects.
+    """Send a request; return the status, and the body up to MAX_ANSWER_BYTES + 1.
 
-    Raises OSError, ValueError, http.client.HTTPException: there is no answer, or none in time.
+    Returns within `seconds`. Redirects are not followed. Proxies are those of the environment
+    (HTTPS_PROXY, NO_PROXY), but a loopback address is never reached through one.
+
+    Raises:
+        OSError, ValueError, http.client.HTTPException: there is no whole answer in time.
+        RuntimeError: no thread can be started.
     """
-    parts, host = split_url(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(host, parts.port, timeout=seconds)
-    with contextlib.closing(connection):
-        connection.connect()
-        opened, is_late = connection.sock, threading.Event()
+    _, host = split_url(url)
+    headers = {"User-Agent": f"{PROGRAM}/{VERSION}", **headers}
+    request = urllib.request.Request(url, body, headers, method=method)
+    opener = urllib.request.OpenerDirector()  # without the usual handlers of redirects and errors
+    opener.add_handler(urllib.request.HTTPHandler())
+    opener.add_handler(urllib.request.HTTPSHandler())
+    opener.add_handler(urllib.request.UnknownHandler())
+    if not is_loopback(host):
+        opener.add_handler(urllib.request.ProxyHandler())
+    deadline = time.monotonic() + seconds
+    late = TimeoutError(f"no whole answer within {seconds:g} s")
+    answers: list[Any] = []
 
-        def hang_up() -> None:  # the socket's own time-out begins anew with every byte
-            is_late.set()
-            with contextlib.suppress(OSError):
-                opened.shutdown(socket.SHUT_RDWR)
-
-        watchdog = threading.Timer(seconds, hang_up)
-        watchdog.daemon = True
-        watchdog.start()
+    def run() -> None:
         try:
-            connection.request(
-                method,
-                (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-                body,
-                headers,
-            )
-            answer = connection.getresponse()
-            data = answer.read(MAX_ANSWER_BYTES + 1)
-        finally:
-            watchdog.cancel()
-            if is_late.is_set():
-                raise TimeoutError(f"no whole answer in {seconds:g} s") from None
-    return answer.status, data
+            with opener.open(request, timeout=seconds) as answer:
+                data = piece = answer.read1(MAX_ANSWER_BYTES + 1)
+                while piece and len(data) <= MAX_ANSWER_BYTES:
+                    if time.monotonic() > deadline:
+                        raise late
+                    piece = answer.read1(MAX_ANSWER_BYTES + 1 - len(data))
+                    data += piece
+                answers.append((answer.status, data))
+        except Exception as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            answers.append(reason if isinstance(reason, OSError) else error)
+
+    # In a thread, since the look-up of a host has no timeout, and the timeout of a socket begins
+    # anew with each byte: a server that drips its header would not end.
+    thread = threading.Thread(target=run, name="http_request", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    result = answers[0] if answers else late
+    if isinstance(result, Exception):
+        raise result
+    status, data = result
+    return status, data
 
 
 # ---- Replay protection ----------------------------------------------------------------------
@@ -3120,11 +3239,11 @@ def sign_sample(
     if webhook.public_url:
         components = '("@method" "@target-uri" "@authority" "@scheme" "@path" "date")'
         text = f"sig1={components};created={int(now)}"
-        covered = parse_dictionary(text)["sig1"]
+        covered = StructuredField(text).parse_dictionary()["sig1"]
         request = Request("POST", "", query, "HTTP/1.1", headers, frozenset())
-        base = signature_base(request, covered, webhook.public_url, webhook.public_url.targets[0])
+        base = signature_base(request, covered, webhook.public_url.spellings[0])
         headers["signature-input"] = text
-        headers["signature"] = "sig1=" + sign_base(token, base)[0].decode()
+        headers["signature"] = "sig1=" + sign_base(token.encode(), base).decode()
     elif webhook.type == "central":
         delivery_id = f"sample-{int(now * 1000)}-{number}"
         timestamp = format_utc(now)
@@ -3162,7 +3281,7 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     try:
         status, data = http_request("POST", url, headers, body, SAMPLE_SECONDS)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return fail(f"{url}: {error or type(error).__name__}", EX_CANNOT_SERVE)
+        return fail(f"{url}: {str(error) or type(error).__name__}", EX_CANNOT_SERVE)
     milliseconds = 1000 * (time.monotonic() - started)
     answer = escape_text(data[:500].decode(errors="replace").strip())
     print(f"{status} {answer} {milliseconds:.0f} ms")

@@ -164,40 +164,6 @@ class Hostile(unittest.TestCase):
                 product.verify_message_signature(request, ["token"], url, 0)
 
 
-class Exchanges(unittest.TestCase):
-    """The HTTP client for samples and OIDC providers."""
-
-    def serve(self, answer):
-        """Answer one connection with these bytes and then nothing; return its URL."""
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(listener.close)
-
-        def run():
-            with contextlib.suppress(OSError):
-                connection, _ = listener.accept()
-                self.addCleanup(connection.close)
-                connection.recv(1 << 16)
-                connection.sendall(answer)
-
-        thread = threading.Thread(target=run)
-        self.addCleanup(thread.join)
-        thread.start()
-        return f"http://127.0.0.1:{listener.getsockname()[1]}/"
-
-    def test_an_answer_that_is_not_whole_in_time_is_none(self):
-        head = b"HTTP/1.1 200 OK\r\n"
-        for answer in (b"", head, head + b"Content-Length: 100\r\n\r\n{}", head + b"\r\n{}"):
-            with self.subTest(answer):
-                with self.assertRaisesRegex(OSError, "no whole answer|timed out"):
-                    product.http_request("GET", self.serve(answer), {}, None, 0.3)
-
-    def test_of_a_long_answer_the_beginning_is_returned(self):
-        most = product.MAX_ANSWER_BYTES
-        answer = b"HTTP/1.1 500 Error\r\nContent-Length: 9999999\r\n\r\n" + b"x" * (most + 100)
-        status, data = product.http_request("POST", self.serve(answer), {}, b"{}", 10)
-        self.assertEqual((status, data), (500, b"x" * (most + 1)))
-
-
 class LineEnds(unittest.TestCase):
     def test_a_line_end_after_a_request_is_no_request(self):
         with Receiver(config_of(request_timeout_seconds=0.2)) as receiver:

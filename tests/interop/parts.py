@@ -57,11 +57,11 @@ def free_ports(count, address="127.0.0.1"):
         return [one.getsockname()[1] for one in sockets]
 
 
-def make_certificates(folder):
-    """Make an authority (authority.pem), and with it a certificate of localhost (fullchain, privkey.pem)."""
+def make_certificates(folder, name="DNS:localhost"):
+    """Make an authority (authority.pem) and a certificate by it (fullchain.pem, privkey.pem)."""
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     (folder / "extensions").write_text(
-        "subjectAltName=DNS:localhost\nbasicConstraints=critical,CA:FALSE\n"
+        f"subjectAltName={name}\nbasicConstraints=critical,CA:FALSE\n"
         "keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\n"
         "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
     )

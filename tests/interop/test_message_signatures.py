@@ -1,4 +1,4 @@
-"""Signatures of new Central (RFC 9421), made by an independent library: PyPI http-message-signatures."""
+"""Signatures of new Central (RFC 9421), made by PyPI's http-message-signatures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from central_webhook_client import (
 from ..support import PATH, Receiver, config_of, new_body, raw_request
 from . import parts
 
-KEY = "5e175c081f53ca19894cbb6d541560f5c5e9a0754ae69639ef4d56b774b4e04e"  # as in the vendor's examples
+KEY = "5e175c081f53ca19894cbb6d541560f5c5e9a0754ae69639ef4d56b774b4e04e"
 URL = "https://hooks.example.com" + PATH
 VENDOR = (
     "@method",
@@ -60,7 +60,7 @@ def http_date(moment):
 
 
 def request_of(headers, url=URL, method="POST", body=b"{}"):
-    """Return the request as a receiver behind a proxy sees it: Host and scheme are not the sender's."""
+    """Return the request as a receiver behind a proxy sees it, with another Host."""
     path, mark, query = url.partition("//")[2].partition("/")[2].partition("?")
     fields = {name.lower(): value for name, value in headers.items()}
     fields["host"] = "127.0.0.1:8010"
@@ -100,16 +100,9 @@ class FunctionTest(unittest.TestCase):
             (
                 "the whole of section 2.2",
                 query,
-                (*VENDOR, "@request-target", "@query", '"@query-param";name="pet"'),
+                (*VENDOR, "@request-target", "@query"),
                 {},
             ),
-            (
-                "an encoded query parameter",
-                query,
-                (*VENDOR, '"@query-param";name="b"', '"@query-param";name="x%7Ey"'),
-                {},
-            ),
-            ("an empty query parameter", query, (*VENDOR, '"@query-param";name="a"'), {}),
             ("header fields", URL, (*VENDOR, "content-type", "x-empty"), {}),
             ("without date", URL, VENDOR[:-1], {}),
             ("without alg", URL, VENDOR, {"include_alg": False}),
@@ -269,7 +262,8 @@ class FunctionTest(unittest.TestCase):
         signed = sign(url, headers, covered, **options)
         parameters = signed["Signature-Input"].replace("webhook-1", "test-shared-secret")
         self.assertEqual(
-            'sig-b25=("date" "@authority" "content-type");created=1618884473;keyid="test-shared-secret"',
+            'sig-b25=("date" "@authority" "content-type");created=1618884473'
+            ';keyid="test-shared-secret"',
             parameters,
         )
         base = (

@@ -1,15 +1,18 @@
-"""OIDC access tokens: of a real provider (npm oidc-provider), and minted ones with one that misbehaves."""
+"""OIDC access tokens of npm's oidc-provider and of a provider that misbehaves; a proxy."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import hmac
 import http.server
 import json
 import os
+import re
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -171,7 +174,7 @@ class RealProviderTest(unittest.TestCase):
                     )
                     self.assertEqual(code, done.returncode, done.stderr)
 
-    def test_keys_are_kept_while_the_provider_is_down_and_fetched_again_when_it_comes_back_with_others(
+    def test_keys_stay_while_the_provider_is_down_and_are_replaced_when_it_returns(
         self,
     ):
         with RealProvider("one") as provider:
@@ -195,7 +198,7 @@ class RealProviderTest(unittest.TestCase):
         with receiver_for(f"http://127.0.0.1:{port}/.well-known/openid-configuration") as receiver:
             token = FakeProvider.mint(new_key(), "one")
             answer = deliver(receiver, token)
-            self.assertEqual((503, {"error": "unavailable"}), (answer.status, answer.json))
+            self.assertEqual((503, ["error"]), (answer.status, list(answer.json)))
             self.assertIn("retry-after", answer.headers)
             with RealProvider("one", port) as provider:
                 token = provider.token()
@@ -239,13 +242,13 @@ def jwk_of(key, kid):
 class FakeProvider:
     """A provider on loopback whose two documents are whatever the test wants.
 
-    `answers` maps a path to (status, headers, body) or to a function that writes to the handler itself.
+    `answers` maps a path to (status, headers, body), or to a function that gets the handler.
     """
 
     DISCOVERY, JWKS = "/.well-known/openid-configuration", "/jwks"
     issuer = "https://issuer.example.com/"  # need not be where the documents are
 
-    def __init__(self, tls=None):
+    def __init__(self, tls=None, host="localhost"):
         provider = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -271,7 +274,7 @@ class FakeProvider:
         )  # a receiver that hangs up is what some tests want
         if tls:
             self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
-        self.base = f"{'https' if tls else 'http'}://localhost:{self.server.server_address[1]}"
+        self.base = f"{'https' if tls else 'http'}://{host}:{self.server.server_address[1]}"
         self.well_known_url = self.base + self.DISCOVERY
         self.answers = {}
         self.publish(jwk_of(new_key(), "one"))
@@ -337,7 +340,19 @@ def sign_ecdsa(header, claims):
 
     signed = f"{encode(header)}.{encode(claims)}"
     der = ec.generate_private_key(ec.SECP256R1()).sign(signed.encode(), ec.ECDSA(hashes.SHA256()))
-    return f"{signed}.{base64url(b''.join(n.to_bytes(32, 'big') for n in utils.decode_dss_signature(der)))}"
+    numbers = utils.decode_dss_signature(der)
+    return f"{signed}.{base64url(b''.join(number.to_bytes(32, 'big') for number in numbers))}"
+
+
+def make_context(test, name="DNS:localhost"):
+    """Return a TLS context for a server, and the environment in which clients trust it."""
+    parts.need_program("openssl")
+    folder = Path(tempfile.mkdtemp(prefix="certificates-"))
+    test.addCleanup(shutil.rmtree, folder)
+    parts.make_certificates(folder, name)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "fullchain.pem", folder / "privkey.pem")
+    return context, {"SSL_CERT_FILE": str(folder / "authority.pem")}
 
 
 class MintedTokenTest(unittest.TestCase):
@@ -421,7 +436,7 @@ class MintedTokenTest(unittest.TestCase):
             ("another key", mint(attacker, "one")),
             ("another key without kid", mint(attacker)),
             ("another key ID", mint(key, "two")),
-            ("a key ID that is no string", mint(key, 1)),
+            ("a key ID that is not a string", mint(key, 1)),
             ("a key for encryption", mint(attacker, "encryption")),
             ("a key of 1024 bits", mint(weak, "weak")),
             ("a key of 1024 bits without kid", mint(weak)),
@@ -469,7 +484,7 @@ class MintedTokenTest(unittest.TestCase):
                 self.assertEqual(401, deliver(self.receiver, token).status)
         with self.subTest("another scheme"):
             self.assertEqual(401, deliver(self.receiver, good, scheme="Basic").status)
-        with self.subTest("the header twice"):
+        with self.subTest("the header repeated"):
             self.assertEqual(401, deliver(self.receiver, good, good).status)
         self.assertEqual(200, deliver(self.receiver, good).status)
         self.assertEqual(
@@ -540,12 +555,12 @@ class BadProviderTest(unittest.TestCase):
     """A provider whose keys cannot be had: 503, since the sender may be in the right."""
 
     def assert_unavailable(self, provider, seconds=4.0):
-        """Assert that a good token is 503 within `seconds`, and return what the provider was asked."""
+        """Assert that a good token is 503 within `seconds`; return what the provider was asked."""
         with provider, receiver_for(provider.well_known_url) as receiver:
             started = time.monotonic()
             answer = deliver(receiver, provider.mint(new_key(), "one"))
             self.assertLess(time.monotonic() - started, seconds)
-            self.assertEqual((503, {"error": "unavailable"}), (answer.status, answer.json))
+            self.assertEqual((503, ["error"]), (answer.status, list(answer.json)))
             self.assertIn("retry-after", answer.headers)
             receiver.wait_for_log("503 ")
             self.assertEqual(
@@ -594,7 +609,7 @@ class BadProviderTest(unittest.TestCase):
                     )
                     self.assert_unavailable(provider)
 
-    def test_a_discovery_document_cannot_lead_to_plain_http_elsewhere_or_to_what_is_no_web_at_all(
+    def test_a_discovery_document_cannot_lead_to_plain_http_elsewhere_or_to_other_schemes(
         self,
     ):
         keys = json.dumps({"keys": [jwk_of(new_key(), "one")]})
@@ -637,7 +652,7 @@ class BadProviderTest(unittest.TestCase):
                     self.assertEqual(503, answer.status)
                     self.assertTrue(given_up.wait(PAUSE_SECONDS), "the receiver still reads")
 
-    def test_a_provider_that_is_slow_holds_up_only_those_who_need_its_keys(self):
+    def test_a_slow_provider_delays_only_deliveries_that_need_its_keys(self):
         stop = threading.Event()
         self.addCleanup(stop.set)
         with FakeProvider() as provider, receiver_for(provider.well_known_url) as receiver:
@@ -665,14 +680,122 @@ class BadProviderTest(unittest.TestCase):
         self.assert_unavailable(provider, seconds=8.0)
 
     def test_over_https_a_certificate_that_is_trusted_is_needed(self):
-        parts.need_program("openssl")
-        folder = Path(tempfile.mkdtemp(prefix="certificates-"))
-        self.addCleanup(shutil.rmtree, folder)
-        parts.make_certificates(folder)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(folder / "fullchain.pem", folder / "privkey.pem")
+        context, environment = make_context(self)
         self.assert_unavailable(FakeProvider(context))
         with FakeProvider(context) as provider:
-            environment = {"SSL_CERT_FILE": str(folder / "authority.pem")}
             with receiver_for(provider.well_known_url, environment) as receiver:
                 self.assertEqual(200, deliver(receiver, provider.mint(new_key(), "one")).status)
+
+
+# ---- A real proxy ----
+
+
+class TinyProxy:
+    """A running tinyproxy on loopback; `lines` returns its log."""
+
+    def __init__(self, program):
+        self.folder = Path(tempfile.mkdtemp(prefix="tinyproxy-"))
+        (self.port,) = parts.free_ports(1)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = self.folder / "log"
+        configuration = self.folder / "tinyproxy.conf"
+        configuration.write_text(
+            f'Port {self.port}\nListen 127.0.0.1\nAllow 127.0.0.1\nLogFile "{self.log}"\n'
+            "LogLevel Connect\nTimeout 30\nMaxClients 20\n"
+        )
+        self.process = subprocess.Popen(
+            [program, "-d", "-c", str(configuration)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def __enter__(self):
+        def is_open():
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return True
+
+        deadline_poll(is_open, message="tinyproxy does not start")
+        return self
+
+    def __exit__(self, *exc):
+        self.process.terminate()
+        self.process.wait(10)
+        shutil.rmtree(self.folder)
+
+    def requests(self):
+        """Return the request lines of its log."""
+        return re.findall(r"Request \(file descriptor \d+\): (.*)", self.log.read_text())
+
+
+class ProxyTest(unittest.TestCase):
+    """A provider over https that is reached through tinyproxy.
+
+    Its host is 0.0.0.0, which leads to this machine but is not a loopback address, since those
+    are never reached through a proxy.
+    """
+
+    HOST = "0.0.0.0"
+
+    def setUp(self):
+        proxy = TinyProxy(parts.need_program("tinyproxy"))
+        self.proxy = proxy.__enter__()
+        self.addCleanup(proxy.__exit__)
+        context, self.environment = make_context(self, f"IP:{self.HOST}")
+        self.provider = FakeProvider(context, self.HOST).__enter__()
+        self.addCleanup(self.provider.__exit__)
+        self.environment["HTTPS_PROXY"] = self.proxy.url
+        self.connect = f"CONNECT {self.HOST}:{self.provider.server.server_address[1]} HTTP/1."
+
+    def deliver(self, **environment):
+        """Return the status of a delivery with a good token."""
+        environment = {**self.environment, **environment}
+        with receiver_for(self.provider.well_known_url, environment) as receiver:
+            token = self.provider.mint(new_key(), "one")
+            return deliver(receiver, token).status, receiver.stderr_lines
+
+    def test_the_keys_are_fetched_through_the_proxy(self):
+        status, log = self.deliver()
+        self.assertEqual(200, status, log)
+        self.assertEqual([FakeProvider.DISCOVERY, FakeProvider.JWKS], self.provider.asked)
+        requests = self.proxy.requests()
+        self.assertEqual([self.connect] * 2, [line[: len(self.connect)] for line in requests])
+
+    def test_no_proxy_names_hosts_that_are_reached_without_it(self):
+        status, log = self.deliver(NO_PROXY=f"example.com,{self.HOST}")
+        self.assertEqual(200, status, log)
+        self.assertEqual([], self.proxy.requests())
+
+    def test_a_proxy_that_is_down_is_503_and_named_in_the_log(self):
+        (port,) = parts.free_ports(1)
+        status, log = self.deliver(HTTPS_PROXY=f"http://127.0.0.1:{port}")
+        self.assertEqual(503, status)
+        self.assertTrue(any("Connection refused" in line for line in log), log)
+        self.assertEqual([], self.provider.asked)
+
+    def test_a_sample_is_sent_through_the_proxy_but_not_to_a_loopback_address(self):
+        with Receiver(config_of(), environment=self.environment) as receiver:
+            for scheme, host, expected in (
+                ("https", self.HOST, [self.connect]),
+                ("http", self.HOST, [f"POST http://{self.HOST}:{receiver.port}{PATH} HTTP/1."]),
+                ("http", "127.0.0.1", []),
+            ):
+                port = receiver.port if scheme == "http" else self.provider.server.server_port
+                url = f"{scheme}://{host}:{port}{PATH}"
+                before = len(self.proxy.requests())
+                command = [sys.executable, str(PROGRAM), f"-i={receiver.config_path}"]
+                done = subprocess.run(
+                    [*command, "--send-sample", url],
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                    env={**os.environ, **self.environment, "HTTP_PROXY": self.proxy.url},
+                )
+                status = "501" if scheme == "https" else "200"  # FakeProvider has no POST
+                with self.subTest(url):
+                    self.assertEqual(status, done.stdout[:3], done.stderr)
+                    requests = self.proxy.requests()[before:]
+                    self.assertEqual(len(expected), len(requests))
+                    for request, start in zip(requests, expected):
+                        self.assertEqual(start, request[: len(start)])
