@@ -202,17 +202,21 @@ def verify_signature(body: bytes, headers: Mapping[str, str], token: str) -> Non
         raise TypeError("token: expected one str")
     if not token:
         raise ValueError("token: expected a str that is not empty")
-    values = []
-    pairs = [(name.lower(), value) for name, value in headers.items()]
-    for part in ("signature", "service", "delivery-id", "delivery-timestamp"):
-        found = [value for name, value in pairs if name == f"x-central-{part}"]
-        if len(found) != 1 or not found[0]:
-            raise SignatureError(f"x-central-{part} is missing, empty or repeated")
-        values.append(found[0])
+    found: dict[str, list[str]] = {
+        f"x-central-{part}": []
+        for part in ("signature", "service", "delivery-id", "delivery-timestamp")
+    }
+    for name, value in headers.items():
+        if name.lower() in found:
+            found[name.lower()].append(value)
+    for name, values in found.items():
+        if len(values) != 1 or not values[0]:
+            raise SignatureError(f"{name} is missing, empty or repeated")
     try:
-        signature, service, delivery_id, timestamp = [value.encode("latin-1") for value in values]
+        parts = [values[0].encode("latin-1") for values in found.values()]
     except UnicodeEncodeError:
         raise SignatureError("a signed header is not ISO-8859-1") from None
+    signature, service, delivery_id, timestamp = parts
     signed = body + service + delivery_id + timestamp
     expected = base64.b64encode(hmac.digest(token.encode(), signed, "sha256"))
     # Security: compare in constant time, in the encoded form, and as bytes. `==` leaks how many
@@ -1421,7 +1425,7 @@ class Entry:
     keys: DedupKeys
     replay_cache: ReplayCache
     shown: bytes  # for stdout
-    log_line: bytes
+    line: str  # for the log, where the key is added to it
     is_done: bool = False
     error: str = ""  # why it was not stored
 
@@ -1561,8 +1565,7 @@ class Output:
         deadline = time.monotonic() + self.write_timeout
         line = render_json(delivery)
         shown = line if self.render is render_json else self.render(delivery)
-        log_line = f'{line[:-2]}, "key": {json.dumps(delivery.key)}}}\n'
-        entry = Entry(delivery, keys, replay_cache, shown.encode(), log_line.encode())
+        entry = Entry(delivery, keys, replay_cache, shown.encode(), line)
         self.pending.append(entry)
         if not self.lock.acquire(timeout=self.write_timeout):
             with contextlib.suppress(ValueError):  # its writer is at it, and will commit it or not
@@ -1591,7 +1594,11 @@ class Output:
             stored = len(batch)
             if self.log_file:
                 self.reopen_log(self.log_file.path)
-                stored, failure = self.log_file.append([entry.log_line for entry in batch])
+                lines = [
+                    f'{entry.line[:-2]}, "key": {json.dumps(entry.delivery.key)}}}\n'.encode()
+                    for entry in batch
+                ]
+                stored, failure = self.log_file.append(lines)
         except Exception as error:
             stored = 0
             failure = str(error) if isinstance(error, OutputError) else repr(error)
@@ -2398,7 +2405,8 @@ def diagnose(request: Request, webhooks: Sequence[ActiveWebhook], now: float) ->
 
 # ---- HTTP parsing ---------------------------------------------------------------------------
 
-_REQUEST_LINE = re.compile(rf"({FIELD_NAME}) ([!-~]+) HTTP/([0-9]\.[0-9])\r\n".encode())
+_REQUEST_LINE = re.compile(rf"({FIELD_NAME}) ([!-~]+) HTTP/([0-9]\.[0-9])".encode())
+_BARE_LINE_FEED = re.compile(rb"(?:\A|[^\r])\n")
 _FIELD = re.compile(rf"^({FIELD_NAME}):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _HOST = re.compile(
     r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?"  # RFC 9110 section 7.2
@@ -2410,17 +2418,24 @@ _CHUNK_EXTENSION = (
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*\r\n".encode())
 
 
+def check_request_line_length(line: bytes) -> None:
+    """Check the length of a request line, or of its beginning. Raises Refusal: target_too_long."""
+    if len(line) > MAX_REQUEST_LINE_BYTES:
+        raise Refusal("target_too_long", f"a request line above {MAX_REQUEST_LINE_BYTES} bytes")
+
+
 def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
     """Return method, path, query and version of a request line (RFC 9112 section 3).
 
     Raises Refusal: malformed, version.
     """
+    check_request_line_length(line)
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal("malformed", diagnose_request_line(line))
-    method, target, version = match[1].decode(), match[2].decode(), match[3].decode()
-    if version not in ("1.0", "1.1"):
-        raise Refusal("version", f"HTTP/{version}, expected HTTP/1.0 or HTTP/1.1")
+    method, target, version = match[0].decode().split(" ")
+    if version not in ("HTTP/1.0", "HTTP/1.1"):
+        raise Refusal("version", f"{version}, expected HTTP/1.0 or HTTP/1.1")
     if not target.startswith("/"):  # section 3.2.2: the absolute form must be accepted
         absolute = _ABSOLUTE_FORM.fullmatch(target)
         if not absolute or not _HOST.fullmatch(absolute[1]):
@@ -2429,26 +2444,44 @@ def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
     if "#" in target:
         raise Refusal("malformed", "the target has a fragment (#)")
     path, mark, query = target.partition("?")
-    return method, path, query if mark else None, f"HTTP/{version}"
+    return method, path, query if mark else None, version
+
+
+def check_incomplete_head(head: bytes, start: int) -> None:
+    """Check what has come of a request whose header is not complete yet.
+
+    Line ends before `start` have been checked. Raises Refusal: malformed, target_too_long,
+    headers_too_large.
+    """
+    if head.startswith((b"\x16\x03", b"\0\r\nQUIT")):  # no empty line will come
+        raise Refusal("malformed", diagnose_request_line(head))
+    end = head.find(b"\r\n")
+    check_request_line_length(head if end < 0 else head[:end])
+    if len(head) > MAX_REQUEST_LINE_BYTES + MAX_HEADER_BYTES:
+        raise Refusal("headers_too_large", f"the header is above {MAX_HEADER_BYTES} bytes")
+    if _BARE_LINE_FEED.search(head, start):
+        raise Refusal("malformed", "a line ends without CR")
 
 
 def diagnose_request_line(line: bytes) -> str:
     """Say what a malformed request line seems to be."""
     if line.startswith(b"\x16\x03"):
         return "this is TLS, on a port for plain HTTP: use http://, or put the proxy in front"
-    if line.startswith((b"PROXY ", b"\0\r\nQUIT\n")):
+    if line.startswith((b"PROXY ", b"\0\r\nQUIT")):
         return "this is the PROXY protocol: switch it off at the proxy"
     return "the request line is malformed"
 
 
 def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
-    """Parse header fields, each ended with CRLF, into values by lower-case name.
+    """Parse header fields and the empty line after them into values by lower-case name.
 
     Also return the names that are repeated; their values are joined with ", ".
 
     Raises Refusal: malformed, headers_too_large.
     """
-    text = fields.decode("latin-1")
+    text = fields[:-2].decode("latin-1")
+    if len(text) > MAX_HEADER_BYTES:
+        raise Refusal("headers_too_large", f"the header is above {MAX_HEADER_BYTES} bytes")
     found = _FIELD.findall(text)
     # Security: nothing but text and whole line ends. Bare CR or LF, NUL, folded lines and white
     # space before the colon are read differently by different programs: that is how requests are
@@ -2502,29 +2535,58 @@ def parse_body_length(request: Request, max_body_bytes: int) -> Optional[int]:
 # ---- HTTP server ----------------------------------------------------------------------------
 
 
-class DeadlineReader(io.RawIOBase):
-    """The receiving half of a connection: each read gets the time that is left to a deadline."""
+class DeadlineStream(io.RawIOBase):
+    """The bytes of a connection, until a deadline, whatever the other side does or does not do.
+
+    The socket does not block: a time-out of its own would begin anew with every byte, and cost two
+    more system calls for each read and write.
+    """
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         """Set the deadline, in monotonic seconds; it may be changed at any time."""
         super().__init__()
+        connection.setblocking(False)
         self.connection = connection
         self.deadline = deadline
+        self.poll = select.poll() if hasattr(select, "poll") else None
 
     def readable(self) -> bool:
         """Return True."""
         return True
 
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def is_ready(self, is_reading: bool) -> bool:
+        """Wait until the connection can be read from, or written to; False at the deadline."""
+        left = max(0.0, self.deadline - time.monotonic())
+        if self.poll:
+            self.poll.register(self.connection, select.POLLIN if is_reading else select.POLLOUT)
+            return bool(left and self.poll.poll(1000 * left))
+        readers = [self.connection] if is_reading else []  # Windows has no poll
+        writers = [] if is_reading else [self.connection]
+        return any(select.select(readers, writers, [], left))
+
     def readinto(self, buffer: Any) -> int:
         """Receive what has arrived, or wait for it. Raises Refusal: timeout."""
-        left = self.deadline - time.monotonic()
-        try:
-            if left > 0:  # the clock decides: a sender that drips must not win
-                self.connection.settimeout(left)
+        while self.is_ready(True):
+            try:
                 return self.connection.recv_into(buffer)
-        except socket.timeout:
-            pass
+            except BlockingIOError:
+                continue
         raise Refusal("timeout", "the request was not complete in time")
+
+    def write(self, data: Any) -> int:
+        """Send all of it. Raises OSError if the other side is gone, or does not read in time."""
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self.connection.send(left) :]
+            except BlockingIOError:
+                if not self.is_ready(False):
+                    raise
+        return len(data)
 
 
 class WebhookHandler(BaseHTTPRequestHandler):
@@ -2538,11 +2600,12 @@ class WebhookHandler(BaseHTTPRequestHandler):
     rfile: io.BufferedReader
 
     def setup(self) -> None:
-        """Read through a DeadlineReader. The first request is timed from the connection's start."""
+        """Read and write through a DeadlineStream. The first request is timed from the connection's start."""
         super().setup()
         deadline = time.monotonic() + self.server.config.request_timeout_seconds
-        self.reader = DeadlineReader(self.connection, deadline)
-        self.rfile = io.BufferedReader(self.reader, 16 * 1024)
+        self.stream = DeadlineStream(self.connection, deadline)
+        self.rfile = io.BufferedReader(self.stream, 16 * 1024)
+        self.wfile = self.stream  # type: ignore[assignment]
         self.is_first = True
 
     def handle_one_request(self) -> None:
@@ -2584,48 +2647,44 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.server.idle.discard(self.connection)
         if not self.is_first:
             timeout = self.server.config.request_timeout_seconds
-            self.reader.deadline = time.monotonic() + timeout
+            self.stream.deadline = time.monotonic() + timeout
         self.is_first = False
 
-    def read_line(self, limit: int, reason: str) -> bytes:
-        """Read a line with its CRLF. Raises Refusal: `reason` above `limit`, malformed, timeout."""
-        line = self.rfile.readline(limit + 2)
-        if line.endswith(b"\r\n"):
-            return line
-        if line.endswith(b"\n"):
-            raise Refusal("malformed", "a line ends without CR")
-        if len(line) == limit + 2:
-            raise Refusal(reason, f"a line is above {limit} bytes")
-        raise Refusal("malformed", "the connection ended within the request")
+    def read_line(self) -> bytes:
+        """Read a line of a chunked body with its CRLF. Raises Refusal: malformed, timeout."""
+        line = self.rfile.readline(MAX_CHUNK_LINE_BYTES)
+        if not line.endswith(b"\r\n"):
+            raise Refusal("malformed", "a line of the chunked body is too long, or has no CRLF")
+        return line
 
-    def read_fields(self) -> tuple[dict[str, str], frozenset[str]]:
-        """Read and parse header or trailer fields up to the empty line; see `parse_fields`."""
-        lines = []
-        size = 0
-        line = b""
-        while line != b"\r\n":
-            line = self.rfile.readline(MAX_HEADER_BYTES)
-            lines.append(line)
-            size += len(line)
-            if size > MAX_HEADER_BYTES:
-                raise Refusal("headers_too_large", f"the header is above {MAX_HEADER_BYTES} bytes")
-            if not line.endswith(b"\n"):
+    def read_head(self) -> bytes:
+        """Read the request line and the header fields, up to the end of the empty line.
+
+        Raises Refusal: malformed, target_too_long, headers_too_large, timeout.
+        """
+        head = b""
+        while True:
+            buffered = self.rfile.peek(1)  # waits for one byte at least
+            if not buffered:
                 raise Refusal("malformed", "the connection ended within the header")
-        return parse_fields(b"".join(lines[:-1]))
+            start = max(0, len(head) - 3)  # where the empty line can begin
+            end = (head + buffered).find(b"\r\n\r\n", start) + 4
+            if end >= 4:
+                return head + self.rfile.read(end - len(head))
+            head += self.rfile.read(len(buffered))
+            check_incomplete_head(head, start)
 
     def parse_request(self) -> bool:
         """Read and parse the request line and the header (RFC 9112).
 
         Raises Refusal: malformed, version, target_too_long, headers_too_large, timeout.
         """
-        if self.rfile.peek(1)[:1] in (b"\x16", b"\0"):  # TLS, PROXY: neither ends its line
-            raise Refusal("malformed", diagnose_request_line(self.rfile.peek(7)))
-        line = self.read_line(MAX_REQUEST_LINE_BYTES, "target_too_long")
+        line, _, fields = self.read_head().partition(b"\r\n")
         method, path, query, version = parse_request_line(line)
         self.command = method
         self.path = path
         self.request_version = version
-        headers, repeated = self.read_fields()
+        headers, repeated = parse_fields(fields)
         self.headers = headers  # type: ignore[assignment]  # by lower-case name
         self.parsed = Request(method, path, query, version, headers, repeated)
         host = headers.get("host")
@@ -2664,7 +2723,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         limit = self.server.config.max_body_bytes
         body = bytearray()
         while True:
-            match = _CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE_BYTES, "malformed"))
+            match = _CHUNK_LINE.fullmatch(self.read_line())
             if not match:
                 raise Refusal("malformed", "the size of a chunk is malformed")
             size = int(match[1], 16)
@@ -2675,7 +2734,14 @@ class WebhookHandler(BaseHTTPRequestHandler):
             body += self.read_exactly(size)
             if self.read_exactly(2) != b"\r\n":
                 raise Refusal("malformed", "a chunk is longer than its size")
-        self.read_fields()
+        line = self.read_line()
+        trailers = b""
+        while line != b"\r\n":
+            trailers += line
+            if len(trailers) > MAX_HEADER_BYTES:
+                raise Refusal("headers_too_large", "the trailer fields are too large")
+            line = self.read_line()
+        parse_fields(trailers + line)
         return bytes(body)
 
     def do_POST(self) -> None:
@@ -2731,19 +2797,20 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def reply(self, status: int, answer: dict[str, str], *headers: str) -> None:
-        """Answer with JSON."""
-        self.send(status, json.dumps(answer).encode(), JSON, *headers)
+    def reply(self, status: int, answer: dict[str, str], field: str = "") -> None:
+        """Answer with JSON, and with one more header field (with its CRLF)."""
+        self.send(status, json.dumps(answer).encode(), JSON, field)
 
-    def send(self, status: int, body: bytes, content_type: str, *headers: str) -> None:
+    def send(self, status: int, body: bytes, content_type: str, field: str = "") -> None:
         """Send an answer in one piece, and decide whether the connection goes on.
 
         Raises OSError if the sender is gone, or does not read its answer in time.
         """
         server = self.server
         request = self.parsed
-        options = request.headers.get("connection", "").lower().split(",")
-        options = [option.strip() for option in options]
+        options = [
+            option.strip() for option in request.headers.get("connection", "").lower().split(",")
+        ]
         is_refusal = status >= 400 and status != 401
         self.close_connection = (
             is_refusal
@@ -2752,18 +2819,17 @@ class WebhookHandler(BaseHTTPRequestHandler):
             or server.is_stopping
             or server.is_full()
         )
-        lines = [
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-            f"Date: {server.date}",
-            f"Content-Type: {content_type}",
-            f"Content-Length: {len(body)}",
-            f"Connection: {'close' if self.close_connection else 'keep-alive'}",
-            *headers,
-        ]
-        head = "\r\n".join([*lines, "", ""]).encode()
-        self.connection.settimeout(server.config.request_timeout_seconds)
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+            f"Date: {server.date}\r\n"
+            f"Content-Type: {content_type}\r\n"
+            f"Content-Length: {len(body)}\r\n"
+            f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\n"
+            f"{field}\r\n"
+        ).encode()
+        self.stream.deadline = time.monotonic() + server.config.request_timeout_seconds
         self.wfile.write(head if request.method == "HEAD" else head + body)
-        self.reader.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
+        self.stream.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
         log.debug("%d to %s: %s", status, self.client_address, body[:100])
         if is_refusal or (self.close_connection and server.is_stopping):
             self.linger()
@@ -2785,25 +2851,25 @@ class WebhookHandler(BaseHTTPRequestHandler):
             more = f" ({hint})" if hint else ""
             text = f"{status} to {self.peer()}{shown}: {refusal.reason}: {refusal}{more}"
             log.warning("%s", text)
-        headers = []
+        field = ""
         if status == 401:
             needs_token = any(webhook.config.oidc for webhook in self.webhooks)
             scheme = "Bearer" if needs_token else "HMAC-SHA256"
-            headers = [f'WWW-Authenticate: {scheme} realm="central webhook"']
+            field = f'WWW-Authenticate: {scheme} realm="central webhook"\r\n'
         elif status == 405:
             allowed = "GET, HEAD" if request.path in RESERVED_PATHS else "POST"
-            headers = [f"Allow: {allowed}"]
+            field = f"Allow: {allowed}\r\n"
         elif status == 503:
-            headers = ["Retry-After: 1"]
+            field = "Retry-After: 1\r\n"
         with contextlib.suppress(OSError):  # the sender is gone
-            self.reply(status, {"error": HTTPStatus(status).phrase.lower()}, *headers)
+            self.reply(status, {"error": HTTPStatus(status).phrase.lower()}, field)
 
     def linger(self) -> None:
         """Read and drop what still comes, for a while: closing with unread data loses the answer."""
         self.server.idle.add(self.connection)
         with contextlib.suppress(OSError, Refusal):
             self.connection.shutdown(socket.SHUT_WR)
-            self.reader.deadline = time.monotonic() + LINGER_SECONDS
+            self.stream.deadline = time.monotonic() + LINGER_SECONDS
             while self.rfile.read1(1 << 16):
                 pass
 
