@@ -1417,7 +1417,7 @@ def render_pretty(delivery: Delivery, colour: bool) -> str:
     return f"{'  '.join(header).rstrip()}\n{textwrap.indent(body, '  ')}\n"
 
 
-@dataclass
+@dataclass(eq=False)  # so that `pending.remove` goes by identity
 class Entry:
     """A delivery on its way to stdout and the log."""
 
@@ -1431,10 +1431,7 @@ class Entry:
 
 
 def open_log(path: str) -> int:
-    """Open a log for appending, and create it if it does not exist; return its descriptor.
-
-    Raises OutputError if it cannot be opened, or is not a regular file.
-    """
+    """Open a log for appending. Raises OutputError if that fails, or it is not a regular file."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags, 0o640)
@@ -1449,25 +1446,26 @@ def open_log(path: str) -> int:
 class LogFile:
     """The log of accepted deliveries. It is append-only: it never shrinks, no byte changes.
 
-    If it ends with a half line, that of a failed write or of a power loss, the next write begins
-    with `line_end`, so that readers see the half line as a line of its own, which is not JSON.
+    A failed write or a power loss may leave a half line. The next write begins with `line_end`, so
+    that readers see the half line as a line of its own, which is not JSON.
     """
 
     def __init__(self, path: str) -> None:
         """Open the file, for this process alone. Raises OutputError if that is not possible."""
         self.path = path
         self.descriptor = open_log(path)
+        self.line_end = b""
         try:
-            status = os.fstat(self.descriptor)
             if sys.platform != "win32":
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.line_end = b""
-            if status.st_size:
+            if os.lseek(self.descriptor, 0, os.SEEK_END):
                 os.lseek(self.descriptor, -1, os.SEEK_END)
-                self.line_end = b"" if os.read(self.descriptor, 1) == b"\n" else b"\n"
+                if os.read(self.descriptor, 1) != b"\n":
+                    self.line_end = b"\n"
+                    log.warning("%s: ends with a half line, which the next write ends", path)
                 os.fsync(self.descriptor)  # what is there will be answered with 200 as a duplicate
         except OSError as error:
-            self.close()
+            os.close(self.descriptor)
             in_use = isinstance(error, BlockingIOError)
             reason = "another receiver writes to it" if in_use else error.strerror
             raise OutputError(f"webclient_info.log_file: {path}: {reason}") from None
@@ -1477,19 +1475,6 @@ class LogFile:
                 os.fsync(folder)  # the name of a new file must survive a power loss too
             finally:
                 os.close(folder)
-        if self.line_end:
-            log.warning("%s: ends with a half line, which the next write ends", path)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self.descriptor)
-
-    def has_lost_name(self) -> bool:
-        """Return True if the file was moved, deleted or replaced since it was opened."""
-        try:
-            return not os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
-        except FileNotFoundError:
-            return True
 
     def append(self, lines: Sequence[bytes]) -> tuple[int, str]:
         """Append lines, synced; return how many are stored, and why the others are not ("")."""
@@ -1503,14 +1488,12 @@ class LogFile:
             failure = f"{self.path}: {error.strerror}"
         if not written:
             return 0, failure
-        left = written - len(self.line_end)
-        self.line_end = b"" if data[written - 1 : written] == b"\n" else b"\n"
-        stored = 0
-        for line in lines:
-            if left == len(line) - 1:  # it lacks only its line feed, and must not become JSON
-                self.line_end = b"#\n"
-            left -= len(line)
-            stored += left >= 0
+        stored = data.count(b"\n", len(self.line_end), written)
+        self.line_end = b"\n"
+        if data.endswith(b"\n", 0, written):
+            self.line_end = b""
+        elif data.startswith(b"\n", written):  # a line without only this must not become JSON
+            self.line_end = b"#\n"
         try:
             getattr(os, "fdatasync", os.fsync)(self.descriptor)  # macOS has no fdatasync
         except OSError as error:
@@ -1523,7 +1506,7 @@ class Output:
 
     Many threads write. Each adds its entry to the pending ones and takes the lock; the one that
     gets it writes all that are pending, with one sync (group commit), and the others find theirs
-    done. In the order of the log, the replay caches and `handle_alert` get to know what is stored.
+    done. Replay caches and `handle_alert` get what is stored in the order of the log.
     """
 
     def __init__(
@@ -1531,7 +1514,7 @@ class Output:
     ) -> None:
         """Open the log; `write_timeout` is in seconds, `render` is for stdout.
 
-        Raises OutputError if stdout is closed, or the log cannot be opened.
+        Raises OSError if stdout is closed, OutputError if the log cannot be opened.
         """
         self.write_timeout = write_timeout
         self.render = render
@@ -1539,23 +1522,22 @@ class Output:
         self.lock = threading.Lock()
         self.pending: collections.deque[Entry] = collections.deque()
         self.error = ""  # why the last write failed
-        self.started: Optional[float] = None  # monotonic seconds, while a write is under way
-        self.stdout_closed = threading.Event()
-        try:
-            is_file = stat.S_ISREG(os.fstat(STDOUT).st_mode)
-        except OSError as error:
-            raise OutputError(f"stdout: {error.strerror}") from None
-        self.poll = select.poll() if hasattr(select, "poll") and not is_file else None
-        if self.poll:
-            self.poll.register(STDOUT, select.POLLOUT)
+        self.write_deadline = math.inf  # monotonic seconds, of the write that is under way
+        self.stdout_closed = False
         self.stdout_mid_line = False
+        self.max_write: Optional[int] = None  # bytes of stdout
+        self.poll: Optional[select.poll] = None
+        is_file = stat.S_ISREG(os.fstat(STDOUT).st_mode)
+        if hasattr(select, "poll") and not is_file:
+            self.poll = select.poll()
+            self.poll.register(STDOUT, select.POLLOUT)
+            # Once it is ready, a pipe takes PIPE_BUF bytes without blocking, and a terminal one.
+            self.max_write = 1 if os.isatty(STDOUT) else select.PIPE_BUF
         self.log_file = LogFile(log_file) if log_file else None
 
     def is_failing(self) -> bool:
         """Return True if the last write failed, or the present one takes too long."""
-        started = self.started  # another thread may set it to None
-        is_late = started is not None and time.monotonic() - started > self.write_timeout
-        return bool(self.error) or is_late
+        return bool(self.error) or time.monotonic() > self.write_deadline
 
     def write(self, delivery: Delivery, keys: DedupKeys, replay_cache: ReplayCache) -> None:
         """Write a delivery to stdout, and then to the log, there on disk; commit its keys.
@@ -1586,7 +1568,7 @@ class Output:
         with contextlib.suppress(IndexError):
             while True:
                 batch.append(self.pending.popleft())
-        self.started = time.monotonic()
+        self.write_deadline = deadline
         stored = 0
         failure = ""
         try:
@@ -1601,7 +1583,7 @@ class Output:
                 stored, failure = self.log_file.append(lines)
         except Exception as error:
             stored = 0
-            failure = str(error) if isinstance(error, OutputError) else repr(error)
+            failure = str(error) or type(error).__name__
         for number, entry in enumerate(batch):
             entry.is_done = True
             if number >= stored:
@@ -1611,56 +1593,46 @@ class Output:
             entry.replay_cache.commit(entry.keys)
             if self.alert_worker:
                 self.alert_worker.put(entry.delivery)
-        if failure != self.error:
-            if failure:
-                log.error("output: %s", failure)
-            else:
-                log.info("output: works again")
+        if failure and failure != self.error:
+            log.error("output: %s", failure)
+        elif self.error and not failure:
+            log.info("output: works again")
         self.error = failure
-        self.started = None
+        self.write_deadline = math.inf
 
     def write_stdout(self, data: bytes, deadline: float) -> None:
         """Write to stdout; a half line that a stalled reader has taken is ended first.
 
         Raises OutputError if its reader is gone, or does not take all until `deadline`.
         """
-        # Once poll says that it is ready, a pipe takes PIPE_BUF bytes without blocking, and a
-        # terminal one.
-        size = len(data) + 1
-        if self.poll:
-            size = 1 if os.isatty(STDOUT) else select.PIPE_BUF
         left = memoryview(b"\n" + data if self.stdout_mid_line else data)
         try:
             while left:
                 wait_ms = max(0, int(1000 * (deadline - time.monotonic())))
                 if self.poll and not self.poll.poll(wait_ms):
                     raise OutputError(f"stdout: not read within {self.write_timeout:g} s")
-                try:
-                    written = os.write(STDOUT, left[:size])
-                except BlockingIOError:  # shared with a program that made it non-blocking
-                    time.sleep(0.01)
-                    continue
+                written = os.write(STDOUT, left[: self.max_write])
                 self.stdout_mid_line = left[written - 1] != ord("\n")
                 left = left[written:]
         except OSError as error:
             gone = (errno.EPIPE, errno.EIO, errno.ECONNRESET) if self.poll else (errno.EPIPE,)
-            if error.errno in gone:
-                self.stdout_closed.set()
+            self.stdout_closed = self.stdout_closed or error.errno in gone
             raise OutputError(f"stdout: {error.strerror}") from None
 
     def reopen_log(self, path: Optional[str]) -> None:
-        """Open the log at `path` if that is not the file that is open; called with the lock held.
+        """Open the log at `path` unless it is the file that is open; called with the lock held.
 
         Raises OutputError if it cannot be opened; the old one stays open.
         """
         old = self.log_file
         if old and old.path == path:
-            if not old.has_lost_name():
-                return
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(old.descriptor)):
+                    return
             log.info("%s: moved, deleted or replaced, so it is opened again", path)
         self.log_file = LogFile(path) if path else None
         if old:
-            old.close()
+            os.close(old.descriptor)
 
     def reload(self, log_file: Optional[str], write_timeout: float) -> None:
         """Go on with another log and time-out, between two writes.
@@ -1701,9 +1673,9 @@ class AlertWorker:
                 log.error("handle_alert: %s: %s", type(error).__name__, error, exc_info=True)
             self.queue.task_done()
 
-    def drain(self, seconds: float) -> None:
-        """Wait until all deliveries are handled, at most `seconds`."""
-        if not wait_until(lambda: not self.queue.unfinished_tasks, seconds):
+    def drain(self) -> None:
+        """Wait until all deliveries are handled, at most DRAIN_SECONDS."""
+        if not wait_until(lambda: not self.queue.unfinished_tasks, DRAIN_SECONDS):
             log.error("handle_alert: %d alerts were not handled", self.queue.unfinished_tasks)
 
 
@@ -1716,30 +1688,25 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 class LineFormatter(logging.Formatter):
-    """Time, level and message on one line, whatever a sender has written into it."""
+    """Time, level and message on one line; a traceback follows if the logger is verbose."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record; a traceback follows on further lines if the logger is verbose."""
-        message = escape_text(record.getMessage())
-        line = f"{format_utc(record.created)} {record.levelname} {message}"
+        lines = [f"{format_utc(record.created)} {record.levelname} {record.getMessage()}"]
         if record.exc_info and log.isEnabledFor(logging.DEBUG):
-            # Indented, so that no line of it can pass for a line of the log.
-            for text in self.formatException(record.exc_info).split("\n"):
-                line += "\n    " + escape_text(text)
-        return line
+            lines += self.formatException(record.exc_info).split("\n")
+        # Indented, so that no line of a traceback can pass for a line of the log.
+        return "\n    ".join(escape_text(line) for line in lines)
 
 
-class StderrHandler(logging.Handler):
-    """Writes finished lines to stderr, only ever from the thread of a QueueListener.
+class StderrListener(logging.handlers.QueueListener):
+    """Writes finished lines to stderr, in a thread of its own.
 
-    It takes no lock and writes past the buffer of sys.stderr, since the interpreter waits for both
-    at exit, and a stalled reader of stderr must not stop the exit.
+    It has no handler and writes past the buffer of sys.stderr: the interpreter waits for the locks
+    of both at exit, and a stalled reader of stderr must not stop the exit.
     """
 
-    def handle(self, record: logging.LogRecord) -> bool:
-        """Write a record."""
+    def handle(self, record: logging.LogRecord) -> None:
         print_error(record.getMessage())
-        return True
 
 
 def print_error(text: str) -> None:
@@ -1761,7 +1728,7 @@ def start_logging(is_verbose: bool) -> None:
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.DEBUG if is_verbose else logging.INFO)
-    logging.handlers.QueueListener(LOG_QUEUE, StderrHandler()).start()
+    StderrListener(LOG_QUEUE).start()
 
 
 def flush_log() -> None:
@@ -3003,7 +2970,7 @@ class WebhookServer(ThreadingHTTPServer):
         beyond = self.rejections.start_second()
         if beyond:
             log.warning("%d more rejections within a second", beyond)
-        if self.output.stdout_closed.is_set() and not self.is_stopping:
+        if self.output.stdout_closed and not self.is_stopping:
             self.events.put(None)
 
     def count_in_flight(self) -> int:
@@ -3095,7 +3062,7 @@ class WebhookServer(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RD)
         wait_until(lambda: not self.connections, deadline - time.monotonic())
         if self.output.alert_worker:
-            self.output.alert_worker.drain(DRAIN_SECONDS)
+            self.output.alert_worker.drain()
 
 
 # ---- Metrics --------------------------------------------------------------------------------
@@ -3225,7 +3192,7 @@ def serve(server: WebhookServer, path: str) -> int:
         if number in STOP_SIGNALS:
             stops.append(number)
         if len(stops) > 1:
-            os._exit(EX_CANNOT_SERVE if server.output.stdout_closed.is_set() else 0)
+            os._exit(EX_CANNOT_SERVE if server.output.stdout_closed else 0)
         server.events.put(number)
 
     for number in (*STOP_SIGNALS, *RELOAD_SIGNALS):
@@ -3244,7 +3211,7 @@ def serve(server: WebhookServer, path: str) -> int:
         reload_config(server, path)
     notify("STOPPING=1")
     server.stop()
-    if server.output.stdout_closed.is_set():
+    if server.output.stdout_closed:
         log.error("stopped: nobody reads stdout any more")
         return EX_CANNOT_SERVE
     log.info("stopped, %d requests unanswered", server.count_in_flight())
