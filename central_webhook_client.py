@@ -256,7 +256,7 @@ def post_to_slack(delivery: Delivery) -> None:
     An example, for Slack and Mattermost. Set `handle_alert = post_to_slack` to use it.
     """
     alert = summarize(delivery.payload)
-    text = f"{alert.severity} {alert.state}: {alert.name} {alert.place} {alert.description}"
+    text = f"{alert.state} {alert.severity}: {alert.name} {alert.device} {alert.description}"
     message = {"text": html.escape(f"[{delivery.webhook}] {text}", quote=False)}
     headers = {"Content-Type": JSON}
     request = urllib.request.Request(os.environ["CHAT_URL"], json.dumps(message).encode(), headers)
@@ -274,7 +274,8 @@ class Summary(NamedTuple):
     severity: str
     state: str
     name: str
-    place: str  # device and site, each in brackets
+    device: str
+    site: str
     description: str
 
 
@@ -301,13 +302,12 @@ def summarize(payload: Any) -> Summary:
     name = first("alert_type", "name", "event", "type", "text")
     if isinstance(events, list):
         name = f"{first('topic')} {first('type')} ({len(events)} events)"
-    device = first("device_id", "serial", "deviceSerial", "device_name", "mac", "deviceType")
-    site = first("site", "siteName", "siteId", "site_name", "site_id")
     return Summary(
         severity=first("severity"),
         state=first("state", "status"),
         name=name,
-        place=" ".join(f"[{text}]" for text in (device, site) if text),
+        device=first("device_id", "serial", "deviceSerial", "device_name", "mac", "deviceType"),
+        site=first("site", "siteName", "siteId", "site_name", "site_id"),
         description=first("description", "summary", "reason"),
     )
 
@@ -1397,13 +1397,14 @@ def render_pretty(delivery: Delivery, colour: bool) -> str:
     """Render a delivery for a person: a header line, then the alert, indented by 2."""
     payload = delivery.payload
     alert = summarize(payload)
+    place = [f"[{text}]" for text in (alert.device, alert.site) if text]
     fields = [  # text, width, colour
         (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(delivery.received_at)), 0, "2"),
         (delivery.webhook, 0, "1"),
         (alert.severity.upper() or "-", 8, _COLOURS.get(alert.severity.lower(), "")),
         (alert.state or "-", 7, _COLOURS.get(alert.state.lower(), "")),
         (alert.name or "(no name)", 24, "1"),
-        (f"{alert.place} {alert.description}".strip(), 0, ""),
+        (" ".join([*place, alert.description]), 0, ""),
     ]
     header = []
     for text, width, code in fields:
