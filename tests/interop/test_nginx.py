@@ -1,6 +1,7 @@
 """nginx/centralwebhook.conf in a real nginx, with TLS, before real receivers.
 
-Of the file only ports, paths and the host name are replaced; what it has commented out is tested too.
+Only its ports, addresses, paths and host name are replaced. Lines that it has commented out are
+switched on and tested too.
 """
 
 from __future__ import annotations
@@ -42,12 +43,11 @@ from . import parts
 
 CONF = TOP / "nginx" / "centralwebhook.conf"
 MEBIBYTE = 1 << 20
-OPTIONAL = re.compile(
-    r"^( *)#((?:least_conn|server|location|allow|deny)\b)", re.MULTILINE
-)  # lines to switch on
-SEVERAL = re.compile(
-    r"^( *)#((?:least_conn|server)\b)", re.MULTILINE
-)  # those for several receivers
+LONG_ACCESS_TOKEN = "0123456789" * 1200  # 12 KB
+LOAD_BALANCER = "127.0.0.8"
+SEVERAL = ("least_conn", "server")  # lines to switch on: those for several receivers
+BALANCED = ("set_real_ip_from", "real_ip_header")  # those for a load balancer in front
+OPTIONAL = (*SEVERAL, *BALANCED, "location", "allow", "deny")
 
 NGINX = CERTIFICATES = RECEIVER = PROXY = None
 
@@ -67,13 +67,19 @@ def setUpModule():
             "token": "new-token",
             "public_url": "https://localhost" + PATH,
         },
+        {
+            "name": "keyed",
+            "path": PATH,
+            "token": "keyed-token",
+            "api_key": {"header": "Authorization", "value": LONG_ACCESS_TOKEN},
+        },
     ]
     RECEIVER = enter_module(Receiver(config_of(webhook=webhooks, max_connections=8)))
     PROXY = enter_module(Nginx(RECEIVER.port))
 
 
 def enter_module(manager):
-    """Enter a context that ends with the module. (unittest.enterModuleContext is of Python 3.11.)"""
+    """Enter a context that ends with the module; unittest.enterModuleContext needs Python 3.11."""
     result = manager.__enter__()
     unittest.addModuleCleanup(manager.__exit__, None, None, None)
     return result
@@ -90,8 +96,9 @@ def has_ipv6():
 class Nginx:
     """A running nginx with our file, its ports, paths and host name replaced."""
 
-    def __init__(self, *receiver_ports, switch_on=None):
+    def __init__(self, *receiver_ports, switch_on=(), receiver_host="127.0.0.1"):
         self.receiver_ports, self.switch_on = receiver_ports, switch_on
+        self.receiver_host = receiver_host
         self.folder = Path(tempfile.mkdtemp(prefix="nginx-"))
         self.process = None
 
@@ -105,14 +112,19 @@ class Nginx:
             ("listen 443 ssl;", f"listen 127.0.0.1:{self.https_port} ssl;"),
             ("listen [::]:80;", f"listen [::1]:{self.http_port};" if has_ipv6() else ""),
             ("listen [::]:443 ssl;", f"listen [::1]:{self.https_port} ssl;" if has_ipv6() else ""),
-            ("server 127.0.0.1:8010", f"server 127.0.0.1:{self.receiver_ports[0]}"),
+            ("server 127.0.0.1:8010", f"server {self.receiver_host}:{self.receiver_ports[0]}"),
             ("server 127.0.0.1:8011", f"server 127.0.0.1:{self.receiver_ports[-1]}"),
+            ("set_real_ip_from 192.0.2.0/24;", f"set_real_ip_from {LOAD_BALANCER};"),
         ]
         for old, new in replacements:
             if old not in text:
                 raise AssertionError(f"{CONF.name} has no {old!r} any more")
             text = text.replace(old, new)
-        return self.switch_on.sub(r"\1\2", text) if self.switch_on else text
+        for name in self.switch_on:
+            text, count = re.subn(rf"^( *)#({name}\b)", r"\1\2", text, flags=re.MULTILINE)
+            if not count:
+                raise AssertionError(f"{CONF.name} has no commented {name!r} any more")
+        return text
 
     def write(self):
         """Write the configuration, with ports that are free at this moment."""
@@ -137,16 +149,8 @@ class Nginx:
         )
 
     def command(self, *arguments):
-        return [
-            NGINX,
-            "-p",
-            str(self.folder),
-            "-e",
-            f"{self.folder}/error.log",
-            "-c",
-            f"{self.folder}/nginx.conf",
-            *arguments,
-        ]
+        command = f"{NGINX} -p {self.folder} -e {self.folder}/error.log -c {self.folder}/nginx.conf"
+        return [*command.split(), *arguments]
 
     def __enter__(self):
         for _ in range(5):  # somebody else may take a port before nginx does
@@ -224,16 +228,11 @@ class FileTest(unittest.TestCase):
     def test_nginx_accepts_the_file_without_a_warning_as_it_is_and_with_each_option_switched_on(
         self,
     ):
-        for what, switch_on in (
-            ("as it is", None),
-            ("all options", OPTIONAL),
-            ("several receivers", SEVERAL),
-        ):
-            with self.subTest(what):
+        for switch_on in ((), SEVERAL, BALANCED, OPTIONAL):
+            with self.subTest(switch_on=switch_on):
                 nginx = Nginx(1, 2, switch_on=switch_on)
                 self.addCleanup(shutil.rmtree, nginx.folder)
                 nginx.write()
-                self.assertEqual(bool(switch_on), nginx.site().count("\n    least_conn;") == 1)
                 done = subprocess.run(
                     nginx.command("-t"), capture_output=True, text=True, timeout=30
                 )
@@ -345,8 +344,17 @@ class DeliveryTest(unittest.TestCase):
                 self.assertEqual("nginx", answer.headers["server"])
                 self.assertNotRegex(answer.body, rb"nginx/|Python")
 
+    def test_an_access_token_of_12_kilobytes_gets_to_the_receiver(self):
+        body = new_body()
+        headers = central_headers(body, token="keyed-token")
+        for access_token, status in ((LONG_ACCESS_TOKEN[:-1], 401), (LONG_ACCESS_TOKEN, 200)):
+            with self.subTest(status):
+                headers["Authorization"] = f"Bearer {access_token}"
+                answer = PROXY.request(raw_request("POST", PATH, headers, body))
+                self.assertEqual(status, answer.status)
+
     def test_header_fields_that_are_too_large_are_refused(self):
-        answer = PROXY.request(raw_request("POST", PATH, {"X-Large": "x" * 9000}))
+        answer = PROXY.request(raw_request("POST", PATH, {"X-Large": "x" * 17_000}))
         self.assertEqual((400, {"error": "400 by nginx"}), (answer.status, answer.json))
 
     def test_plain_http_is_led_to_https_and_to_nothing_else(self):
@@ -361,24 +369,6 @@ class DeliveryTest(unittest.TestCase):
                         (308, "https://localhost" + path),
                         (answer.status, answer.headers["location"]),
                     )
-
-    def test_the_sender_in_the_log_is_the_one_that_nginx_saw_and_not_one_that_it_claims(self):
-        for number, extra in (
-            (5, {}),
-            (6, {"X-Forwarded-For": "203.0.113.9"}),
-            (7, {"X-Forwarded-For": "203.0.113.9, ::1"}),
-        ):
-            with self.subTest(extra):
-                source, start = f"127.0.0.{number}", len(RECEIVER.stderr_lines)
-                body = new_body()
-                headers = {**central_headers(body, token="another-token"), **extra}
-                self.assertEqual(
-                    401,
-                    PROXY.request(raw_request("POST", PATH, headers, body), source=source).status,
-                )
-                line = RECEIVER.wait_for_log("401", start=start)
-                self.assertIn(f" {source} ", line)
-                self.assertNotIn("203.0.113.9", line)
 
     def test_fifty_alerts_in_a_row_over_one_connection_are_all_accepted(self):
         deliveries = [signed_delivery() for _ in range(50)]
@@ -442,8 +432,8 @@ class DeliveryTest(unittest.TestCase):
             f'("@method" "@target-uri" "@authority" "@scheme" "@path" "date");created={created}'
         )
         base = (
-            f'"@method": POST\n"@target-uri": {url}?a=%20b\n"@authority": localhost\n"@scheme": https\n'
-            f'"@path": {PATH}\n"date": {date}\n"@signature-params": {parameters}'
+            f'"@method": POST\n"@target-uri": {url}?a=%20b\n"@authority": localhost\n'
+            f'"@scheme": https\n"@path": {PATH}\n"date": {date}\n"@signature-params": {parameters}'
         )
         signature = base64.b64encode(
             hmac.new(b"new-token", base.encode(), hashlib.sha256).digest()
@@ -469,6 +459,55 @@ class DeliveryTest(unittest.TestCase):
             self.assertEqual((502, {"error": "502 by nginx"}), (answer.status, answer.json))
             with Receiver(config_of(port=receiver.port)):
                 self.assertEqual(200, proxy.deliver().status)
+
+
+class LoggedSenderTest(unittest.TestCase):
+    """Which sender the receiver's log names.
+
+    Each test has receivers of its own, since their logs show only ten rejections a second.
+    """
+
+    def logged_senders(self, deliveries, host="127.0.0.1", switch_on=(), **webclient_info):
+        """Send forged deliveries, (source, X-Forwarded-For) each; return the senders in the log."""
+        found = []
+        with (
+            Receiver(config_of(host=host, **webclient_info)) as receiver,
+            Nginx(receiver.port, receiver_host=host, switch_on=switch_on) as proxy,
+        ):
+            for source, forwarded in deliveries:
+                start = len(receiver.stderr_lines)
+                body = new_body()
+                headers = central_headers(body, token="another-token")
+                if forwarded:
+                    headers["X-Forwarded-For"] = forwarded
+                answer = proxy.request(raw_request("POST", PATH, headers, body), source=source)
+                self.assertEqual(401, answer.status)
+                line = receiver.wait_for_log(" 401 ", start=start)
+                found += re.findall(r"\b\d+(?:\.\d+){3}\b", line)
+        return found
+
+    def test_it_is_the_one_that_nginx_saw_and_not_one_that_the_sender_claims(self):
+        claims = (None, "203.0.113.9", "203.0.113.9, ::1")
+        found = self.logged_senders([("127.0.0.5", claim) for claim in claims])
+        self.assertEqual(["127.0.0.5"] * 3, found)
+
+    def test_behind_a_load_balancer_it_is_the_one_that_the_load_balancer_saw(self):
+        deliveries = [
+            (LOAD_BALANCER, "203.0.113.9"),
+            (LOAD_BALANCER, "198.51.100.1, 203.0.113.9"),  # the first entry is a claim
+            (LOAD_BALANCER, "203.0.113.9:50123"),
+            ("127.0.0.5", "203.0.113.9"),  # not through the load balancer
+        ]
+        found = self.logged_senders(deliveries, switch_on=BALANCED)
+        self.assertEqual(["203.0.113.9"] * 3 + ["127.0.0.5"], found)
+
+    def test_a_receiver_on_another_host_names_it_if_it_trusts_the_address_of_nginx(self):
+        for trusted, expected in (("127.0.0.1", "127.0.0.5"), ("192.0.2.1", "127.0.0.1")):
+            with self.subTest(trusted):
+                found = self.logged_senders(
+                    [("127.0.0.5", None)], host="127.0.0.10", trusted_proxies=[trusted]
+                )
+                self.assertEqual([expected], found)
 
 
 class TlsTest(unittest.TestCase):
@@ -510,43 +549,34 @@ class TlsTest(unittest.TestCase):
 class SendSampleTest(unittest.TestCase):
     """`--send-sample` proves the whole way."""
 
-    def send(self, url, **environment):
-        return subprocess.run(
-            [
-                sys.executable,
-                str(PROGRAM),
-                f"-i={RECEIVER.config_path}",
-                "--webhook",
-                "noc",
-                "--send-sample",
-                url,
-            ],
-            env={**os.environ, **environment},
+    def send(self, path, authority=None):
+        """Run it; return its exit code, stdout and stderr."""
+        command = [sys.executable, str(PROGRAM), f"-i={RECEIVER.config_path}", "--webhook", "noc"]
+        done = subprocess.run(
+            [*command, "--send-sample", f"https://localhost:{PROXY.https_port}{path}"],
+            env={**os.environ, "SSL_CERT_FILE": str(authority or CERTIFICATES / "authority.pem")},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=60,
         )
+        return done.returncode, done.stdout, done.stderr
 
     def test_it_exits_0_on_200_through_nginx_if_the_certificate_is_trusted(self):
-        url = f"https://localhost:{PROXY.https_port}{PATH}"
-        done = self.send(url, SSL_CERT_FILE=str(CERTIFICATES / "authority.pem"))
-        self.assertEqual(0, done.returncode, done.stderr)
-        self.assertRegex(done.stdout, r"^200 .*ok")
+        code, stdout, stderr = self.send(PATH)
+        self.assertEqual(0, code, stderr)
+        self.assertRegex(stdout, r"^200 .*ok")
 
     def test_it_exits_1_if_the_certificate_is_not_trusted(self):
-        done = self.send(f"https://localhost:{PROXY.https_port}{PATH}", SSL_CERT_FILE=os.devnull)
-        self.assertEqual(1, done.returncode, done.stderr)
-        self.assertRegex(done.stderr, "(?i)certificate|ssl")
-        self.assertNotIn("Traceback", done.stderr)
+        code, _, stderr = self.send(PATH, authority=os.devnull)
+        self.assertEqual(1, code, stderr)
+        self.assertRegex(stderr, "(?i)certificate|ssl")
+        self.assertNotIn("Traceback", stderr)
 
     def test_it_exits_1_on_another_status(self):
-        done = self.send(
-            f"https://localhost:{PROXY.https_port}/x",
-            SSL_CERT_FILE=str(CERTIFICATES / "authority.pem"),
-        )
-        self.assertEqual(1, done.returncode, done.stderr)
-        self.assertIn("404", done.stdout + done.stderr)
+        code, stdout, stderr = self.send("/x")
+        self.assertEqual(1, code, stderr)
+        self.assertIn("404", stdout + stderr)
 
 
 class SeveralReceiversTest(unittest.TestCase):
