@@ -248,6 +248,11 @@ class FileTest(unittest.TestCase):
         ).groups()
         self.assertEqual(config.max_body_bytes, int(size) * {"k": 1 << 10, "m": MEBIBYTE}[unit])
 
+    def test_idle_connections_are_closed_by_the_side_that_sends_requests(self):
+        upstream, server = map(int, re.findall(r"\bkeepalive_timeout (\d+)s;", CONF.read_text()))
+        self.assertLess(upstream, 75)  # the receiver's limit
+        self.assertGreater(server, 60)  # the default of load balancers of AWS
+
 
 class DeliveryTest(unittest.TestCase):
     """One receiver behind nginx."""
