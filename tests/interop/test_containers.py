@@ -30,7 +30,12 @@ from . import parts
 
 USER = 12345
 NEW_TOKEN = "another-secret-token"
-HEALTH_CHECK = "import urllib.request as r; r.urlopen('http://127.0.0.1:%d/health', timeout=5)"
+PROXY = {"http_proxy": "http://192.0.2.1:3128"}
+# Not urllib.request, which would go through the proxy of http_proxy.
+HEALTH_CHECK = (
+    "import http.client as h; c = h.HTTPConnection('127.0.0.1', {port}, timeout=3); "
+    "c.request('GET', '/health'); exit(c.getresponse().status != 200)"
+)
 
 # $1: the volume, then the command. It gets all that happens before PID 1 of a container starts.
 CONTAINER = r"""#!/bin/sh
@@ -104,8 +109,8 @@ class ContainerTest(unittest.TestCase):
         """Run the health check inside; return its exit code."""
         command = ["nsenter", "--pid", "--mount", "--target", str(pid)]
         command += ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-        command += [self.command[-2], "-c", HEALTH_CHECK % port]
-        done = subprocess.run(command, env={}, stdin=subprocess.DEVNULL, capture_output=True)
+        command += [self.command[-2], "-c", HEALTH_CHECK.format(port=port)]
+        done = subprocess.run(command, env=PROXY, stdin=subprocess.DEVNULL, capture_output=True)
         return done.returncode
 
     def test_it_serves_reloads_and_stops_cleanly_as_first_process(self):
