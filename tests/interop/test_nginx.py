@@ -30,6 +30,7 @@ from central_webhook_client import read_config
 from ..support import (
     PATH,
     PROGRAM,
+    TOKEN,
     TOP,
     Connection,
     Receiver,
@@ -48,6 +49,22 @@ LOAD_BALANCER = "127.0.0.8"
 SEVERAL = ("least_conn", "server")  # lines to switch on: those for several receivers
 BALANCED = ("set_real_ip_from", "real_ip_header")  # those for a load balancer in front
 OPTIONAL = (*SEVERAL, *BALANCED, "location", "allow", "deny")
+MAIN_CONF = """
+daemon off;
+worker_processes 2;
+pid pid;
+error_log error.log notice;
+events { worker_connections 768; }
+http {
+    access_log access.log;
+    proxy_temp_path proxy;
+    client_body_temp_path client_body;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    include site.conf;
+}
+"""
 
 NGINX = CERTIFICATES = RECEIVER = PROXY = None
 
@@ -60,7 +77,7 @@ def setUpModule():
     unittest.addModuleCleanup(shutil.rmtree, CERTIFICATES, ignore_errors=True)
     parts.make_certificates(CERTIFICATES)
     webhooks = [
-        {"name": "noc", "path": PATH, "token": "webhook-secret-token"},
+        {"name": "noc", "path": PATH, "token": TOKEN},
         {
             "name": "new",
             "type": "new-central",
@@ -130,27 +147,12 @@ class Nginx:
         """Write the configuration, with ports that are free at this moment."""
         self.http_port, self.https_port = parts.free_ports(2)
         (self.folder / "site.conf").write_text(self.site())
-        temporary = [
-            f"{name}_temp_path {self.folder}/{name};"
-            for name in ("proxy", "client_body", "fastcgi", "uwsgi", "scgi")
-        ]
-        (self.folder / "nginx.conf").write_text(
-            "\n".join(
-                [
-                    "user root;" if os.geteuid() == 0 else "",
-                    f"daemon off; worker_processes 2; pid {self.folder}/pid;",
-                    f"error_log {self.folder}/error.log notice;",
-                    "events { worker_connections 768; }",
-                    f"http {{ access_log {self.folder}/access.log;",
-                    *temporary,
-                    f"include {self.folder}/site.conf; }}",
-                ]
-            )
-        )
+        user = "user root;\n" if os.geteuid() == 0 else ""
+        (self.folder / "nginx.conf").write_text(user + MAIN_CONF)
 
     def command(self, *arguments):
-        command = f"{NGINX} -p {self.folder} -e {self.folder}/error.log -c {self.folder}/nginx.conf"
-        return [*command.split(), *arguments]
+        folder = ["-p", str(self.folder)]  # names are relative to it
+        return [NGINX, *folder, "-e", "error.log", "-c", "nginx.conf", *arguments]
 
     def __enter__(self):
         for _ in range(5):  # somebody else may take a port before nginx does
@@ -197,9 +199,9 @@ class Nginx:
             connection.send(data)
             return connection.read()
 
-    def deliver(self, **options):
+    def deliver(self, body=None, source="127.0.0.1", **options):
         """Send a signed delivery on a new connection; return the answer."""
-        return self.request(signed_delivery(), **options)
+        return self.request(signed_delivery(body, **options), source=source)
 
 
 class TlsConnection(Connection):
@@ -216,10 +218,11 @@ class TlsConnection(Connection):
         self.buffer = b""
 
 
-def signed_delivery(body=None, **options):
-    """Return a signed delivery of classic Central, as bytes."""
+def signed_delivery(body=None, path=PATH, token=TOKEN, fields=(), **options):
+    """Return a signed delivery of classic Central, as bytes; `fields` are further header fields."""
     body = new_body() if body is None else body
-    return raw_request("POST", PATH, central_headers(body), body, **options)
+    headers = {**central_headers(body, token), **dict(fields)}
+    return raw_request("POST", path, headers, body, **options)
 
 
 class FileTest(unittest.TestCase):
@@ -272,45 +275,23 @@ class DeliveryTest(unittest.TestCase):
     def test_a_body_of_the_size_limit_is_accepted_and_one_byte_more_is_413(self):
         for size, status in ((MEBIBYTE, 200), (MEBIBYTE + 1, 413)):
             with self.subTest(size):
-                self.assertEqual(
-                    status, PROXY.request(signed_delivery(new_body().ljust(size))).status
-                )
+                self.assertEqual(status, PROXY.deliver(new_body().ljust(size)).status)
 
-    def test_a_chunked_body_above_the_size_limit_is_413(self):
-        head = raw_request(
-            "POST", PATH, {**central_headers(b""), "Transfer-Encoding": "chunked"}, length=False
-        )
-        with PROXY.connect() as connection:
-            connection.send(
-                head + b"%x\r\n" % (MEBIBYTE + 1) + b"0" * (MEBIBYTE + 1) + b"\r\n0\r\n\r\n"
-            )
-            self.assertEqual(413, connection.read().status)
-
-    def test_a_chunked_delivery_is_accepted(self):
-        body = new_body()
-        chunks = b"".join(
-            b"%x\r\n%b\r\n" % (len(body[i : i + 7]), body[i : i + 7])
-            for i in range(0, len(body), 7)
-        )
-        headers = {**central_headers(body), "Transfer-Encoding": "chunked"}
-        answer = PROXY.request(
-            raw_request("POST", PATH, headers, length=False) + chunks + b"0\r\n\r\n"
-        )
-        self.assertEqual(200, answer.status)
+    def test_a_chunked_delivery_is_accepted_and_one_above_the_size_limit_is_413(self):
+        for body, size, status in ((new_body(), 7, 200), (b"0" * (MEBIBYTE + 1), 1 << 16, 413)):
+            with self.subTest(status):
+                headers = {**central_headers(body), "Transfer-Encoding": "chunked"}
+                parts_of_body = [body[i : i + size] for i in range(0, len(body), size)]
+                chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in parts_of_body]
+                head = raw_request("POST", PATH, headers, length=False)
+                answer = PROXY.request(head + b"".join(chunks) + b"0\r\n\r\n")
+                self.assertEqual(status, answer.status)
 
     def test_every_other_path_is_404_of_nginx(self):
-        body = new_body()
-        paths = [
-            "/",
-            "/centralwebhook/",
-            "/centralwebhook/x",
-            "/centralwebhoo",
-            "/Centralwebhook",
-            "/x/centralwebhook",
-        ]
-        for path in paths:
+        below = ("/centralwebhook/", "/centralwebhook/x")
+        for path in ("/", *below, "/centralwebhoo", "/Centralwebhook", "/x/centralwebhook"):
             with self.subTest(path):
-                answer = PROXY.request(raw_request("POST", path, central_headers(body), body))
+                answer = PROXY.deliver(path=path)
                 self.assertEqual((404, {"error": "404 by nginx"}), (answer.status, answer.json))
 
     def test_health_and_metrics_are_not_exposed_however_they_are_spelled(self):
@@ -350,25 +331,24 @@ class DeliveryTest(unittest.TestCase):
                 self.assertNotRegex(answer.body, rb"nginx/|Python")
 
     def test_an_access_token_of_12_kilobytes_gets_to_the_receiver(self):
-        body = new_body()
-        headers = central_headers(body, token="keyed-token")
         for access_token, status in ((LONG_ACCESS_TOKEN[:-1], 401), (LONG_ACCESS_TOKEN, 200)):
             with self.subTest(status):
-                headers["Authorization"] = f"Bearer {access_token}"
-                answer = PROXY.request(raw_request("POST", PATH, headers, body))
+                fields = {"Authorization": f"Bearer {access_token}"}
+                answer = PROXY.deliver(token="keyed-token", fields=fields)
                 self.assertEqual(status, answer.status)
 
-    def test_header_fields_that_are_too_large_are_refused(self):
-        answer = PROXY.request(raw_request("POST", PATH, {"X-Large": "x" * 17_000}))
+    def test_header_fields_and_targets_that_are_too_long_are_refused(self):
+        answer = PROXY.deliver(fields={"X-Large": "x" * 17_000})
         self.assertEqual((400, {"error": "400 by nginx"}), (answer.status, answer.json))
+        for length in (9_000, 17_000):  # the receiver's limit, and nginx's
+            with self.subTest(length):
+                self.assertEqual(414, PROXY.deliver(path=f"{PATH}?{'x' * length}").status)
 
     def test_plain_http_is_led_to_https_and_to_nothing_else(self):
         for path in (PATH, PATH + "?a=b", "/health", "/"):
             for host in ("localhost", "evil.example"):
                 with self.subTest(path=path, host=host), Connection(PROXY.http_port) as connection:
-                    connection.send(
-                        signed_delivery(host=host).replace(PATH.encode(), path.encode(), 1)
-                    )
+                    connection.send(signed_delivery(path=path, host=host))
                     answer = connection.read()
                     self.assertEqual(
                         (308, "https://localhost" + path),
@@ -376,13 +356,10 @@ class DeliveryTest(unittest.TestCase):
                     )
 
     def test_fifty_alerts_in_a_row_over_one_connection_are_all_accepted(self):
-        deliveries = [signed_delivery() for _ in range(50)]
         with PROXY.connect() as connection:
-            statuses = []
-            for delivery in deliveries:
-                connection.send(delivery)
-                statuses.append(connection.read().status)
-        self.assertEqual([200] * 50, statuses)
+            for _ in range(50):
+                connection.send(signed_delivery())
+                self.assertEqual(200, connection.read().status)
 
     def test_two_hundred_alerts_at_once_over_as_many_connections_are_all_accepted(self):
         with Receiver() as receiver, Nginx(receiver.port) as proxy:
@@ -481,11 +458,8 @@ class LoggedSenderTest(unittest.TestCase):
         ):
             for source, forwarded in deliveries:
                 start = len(receiver.stderr_lines)
-                body = new_body()
-                headers = central_headers(body, token="another-token")
-                if forwarded:
-                    headers["X-Forwarded-For"] = forwarded
-                answer = proxy.request(raw_request("POST", PATH, headers, body), source=source)
+                fields = {"X-Forwarded-For": forwarded} if forwarded else {}
+                answer = proxy.deliver(token="another-token", fields=fields, source=source)
                 self.assertEqual(401, answer.status)
                 line = receiver.wait_for_log(" 401 ", start=start)
                 found += re.findall(r"\b\d+(?:\.\d+){3}\b", line)
