@@ -1,6 +1,7 @@
 """nginx/centralwebhook.conf in a real nginx, with TLS, before real receivers.
 
-Of the file only ports, paths and the host name are replaced; what it has commented out is tested too.
+Only its ports, addresses, paths and host name are replaced. Lines that it has commented out are
+switched on and tested too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from central_webhook_client import read_config
 from ..support import (
     PATH,
     PROGRAM,
+    TOKEN,
     TOP,
     Connection,
     Receiver,
@@ -42,12 +44,27 @@ from . import parts
 
 CONF = TOP / "nginx" / "centralwebhook.conf"
 MEBIBYTE = 1 << 20
-OPTIONAL = re.compile(
-    r"^( *)#((?:least_conn|server|location|allow|deny)\b)", re.MULTILINE
-)  # lines to switch on
-SEVERAL = re.compile(
-    r"^( *)#((?:least_conn|server)\b)", re.MULTILINE
-)  # those for several receivers
+LONG_ACCESS_TOKEN = "0123456789" * 1200  # 12 KB
+LOAD_BALANCER = "127.0.0.8"
+SEVERAL = ("least_conn", "server")  # lines to switch on: those for several receivers
+BALANCED = ("set_real_ip_from", "real_ip_header")  # those for a load balancer in front
+OPTIONAL = (*SEVERAL, *BALANCED, "location", "allow", "deny")
+MAIN_CONF = """
+daemon off;
+worker_processes 2;
+pid pid;
+error_log error.log notice;
+events { worker_connections 768; }
+http {
+    access_log access.log;
+    proxy_temp_path proxy;
+    client_body_temp_path client_body;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    include site.conf;
+}
+"""
 
 NGINX = CERTIFICATES = RECEIVER = PROXY = None
 
@@ -60,12 +77,18 @@ def setUpModule():
     unittest.addModuleCleanup(shutil.rmtree, CERTIFICATES, ignore_errors=True)
     parts.make_certificates(CERTIFICATES)
     webhooks = [
-        {"name": "noc", "path": PATH, "token": "webhook-secret-token"},
+        {"name": "noc", "path": PATH, "token": TOKEN},
         {
             "name": "new",
             "type": "new-central",
             "token": "new-token",
             "public_url": "https://localhost" + PATH,
+        },
+        {
+            "name": "keyed",
+            "path": PATH,
+            "token": "keyed-token",
+            "api_key": {"header": "Authorization", "value": LONG_ACCESS_TOKEN},
         },
     ]
     RECEIVER = enter_module(Receiver(config_of(webhook=webhooks, max_connections=8)))
@@ -73,7 +96,7 @@ def setUpModule():
 
 
 def enter_module(manager):
-    """Enter a context that ends with the module. (unittest.enterModuleContext is of Python 3.11.)"""
+    """Enter a context that ends with the module; unittest.enterModuleContext needs Python 3.11."""
     result = manager.__enter__()
     unittest.addModuleCleanup(manager.__exit__, None, None, None)
     return result
@@ -90,8 +113,9 @@ def has_ipv6():
 class Nginx:
     """A running nginx with our file, its ports, paths and host name replaced."""
 
-    def __init__(self, *receiver_ports, switch_on=None):
+    def __init__(self, *receiver_ports, switch_on=(), receiver_host="127.0.0.1"):
         self.receiver_ports, self.switch_on = receiver_ports, switch_on
+        self.receiver_host = receiver_host
         self.folder = Path(tempfile.mkdtemp(prefix="nginx-"))
         self.process = None
 
@@ -105,48 +129,30 @@ class Nginx:
             ("listen 443 ssl;", f"listen 127.0.0.1:{self.https_port} ssl;"),
             ("listen [::]:80;", f"listen [::1]:{self.http_port};" if has_ipv6() else ""),
             ("listen [::]:443 ssl;", f"listen [::1]:{self.https_port} ssl;" if has_ipv6() else ""),
-            ("server 127.0.0.1:8010", f"server 127.0.0.1:{self.receiver_ports[0]}"),
+            ("server 127.0.0.1:8010", f"server {self.receiver_host}:{self.receiver_ports[0]}"),
             ("server 127.0.0.1:8011", f"server 127.0.0.1:{self.receiver_ports[-1]}"),
+            ("set_real_ip_from 192.0.2.0/24;", f"set_real_ip_from {LOAD_BALANCER};"),
         ]
         for old, new in replacements:
             if old not in text:
                 raise AssertionError(f"{CONF.name} has no {old!r} any more")
             text = text.replace(old, new)
-        return self.switch_on.sub(r"\1\2", text) if self.switch_on else text
+        for name in self.switch_on:
+            text, count = re.subn(rf"^( *)#({name}\b)", r"\1\2", text, flags=re.MULTILINE)
+            if not count:
+                raise AssertionError(f"{CONF.name} has no commented {name!r} any more")
+        return text
 
     def write(self):
         """Write the configuration, with ports that are free at this moment."""
         self.http_port, self.https_port = parts.free_ports(2)
         (self.folder / "site.conf").write_text(self.site())
-        temporary = [
-            f"{name}_temp_path {self.folder}/{name};"
-            for name in ("proxy", "client_body", "fastcgi", "uwsgi", "scgi")
-        ]
-        (self.folder / "nginx.conf").write_text(
-            "\n".join(
-                [
-                    "user root;" if os.geteuid() == 0 else "",
-                    f"daemon off; worker_processes 2; pid {self.folder}/pid;",
-                    f"error_log {self.folder}/error.log notice;",
-                    "events { worker_connections 768; }",
-                    f"http {{ access_log {self.folder}/access.log;",
-                    *temporary,
-                    f"include {self.folder}/site.conf; }}",
-                ]
-            )
-        )
+        user = "user root;\n" if os.geteuid() == 0 else ""
+        (self.folder / "nginx.conf").write_text(user + MAIN_CONF)
 
     def command(self, *arguments):
-        return [
-            NGINX,
-            "-p",
-            str(self.folder),
-            "-e",
-            f"{self.folder}/error.log",
-            "-c",
-            f"{self.folder}/nginx.conf",
-            *arguments,
-        ]
+        folder = ["-p", str(self.folder)]  # names are relative to it
+        return [NGINX, *folder, "-e", "error.log", "-c", "nginx.conf", *arguments]
 
     def __enter__(self):
         for _ in range(5):  # somebody else may take a port before nginx does
@@ -193,9 +199,9 @@ class Nginx:
             connection.send(data)
             return connection.read()
 
-    def deliver(self, **options):
+    def deliver(self, body=None, source="127.0.0.1", **options):
         """Send a signed delivery on a new connection; return the answer."""
-        return self.request(signed_delivery(), **options)
+        return self.request(signed_delivery(body, **options), source=source)
 
 
 class TlsConnection(Connection):
@@ -212,10 +218,11 @@ class TlsConnection(Connection):
         self.buffer = b""
 
 
-def signed_delivery(body=None, **options):
-    """Return a signed delivery of classic Central, as bytes."""
+def signed_delivery(body=None, path=PATH, token=TOKEN, fields=(), **options):
+    """Return a signed delivery of classic Central, as bytes; `fields` are further header fields."""
     body = new_body() if body is None else body
-    return raw_request("POST", PATH, central_headers(body), body, **options)
+    headers = {**central_headers(body, token), **dict(fields)}
+    return raw_request("POST", path, headers, body, **options)
 
 
 class FileTest(unittest.TestCase):
@@ -224,16 +231,11 @@ class FileTest(unittest.TestCase):
     def test_nginx_accepts_the_file_without_a_warning_as_it_is_and_with_each_option_switched_on(
         self,
     ):
-        for what, switch_on in (
-            ("as it is", None),
-            ("all options", OPTIONAL),
-            ("several receivers", SEVERAL),
-        ):
-            with self.subTest(what):
+        for switch_on in ((), SEVERAL, BALANCED, OPTIONAL):
+            with self.subTest(switch_on=switch_on):
                 nginx = Nginx(1, 2, switch_on=switch_on)
                 self.addCleanup(shutil.rmtree, nginx.folder)
                 nginx.write()
-                self.assertEqual(bool(switch_on), nginx.site().count("\n    least_conn;") == 1)
                 done = subprocess.run(
                     nginx.command("-t"), capture_output=True, text=True, timeout=30
                 )
@@ -248,6 +250,11 @@ class FileTest(unittest.TestCase):
             r"^ *client_max_body_size (\d+)([km]);", CONF.read_text(), re.MULTILINE
         ).groups()
         self.assertEqual(config.max_body_bytes, int(size) * {"k": 1 << 10, "m": MEBIBYTE}[unit])
+
+    def test_idle_connections_are_closed_by_the_side_that_sends_requests(self):
+        upstream, server = map(int, re.findall(r"\bkeepalive_timeout (\d+)s;", CONF.read_text()))
+        self.assertLess(upstream, 75)  # the receiver's limit
+        self.assertGreater(server, 60)  # the default of load balancers of AWS
 
 
 class DeliveryTest(unittest.TestCase):
@@ -268,45 +275,23 @@ class DeliveryTest(unittest.TestCase):
     def test_a_body_of_the_size_limit_is_accepted_and_one_byte_more_is_413(self):
         for size, status in ((MEBIBYTE, 200), (MEBIBYTE + 1, 413)):
             with self.subTest(size):
-                self.assertEqual(
-                    status, PROXY.request(signed_delivery(new_body().ljust(size))).status
-                )
+                self.assertEqual(status, PROXY.deliver(new_body().ljust(size)).status)
 
-    def test_a_chunked_body_above_the_size_limit_is_413(self):
-        head = raw_request(
-            "POST", PATH, {**central_headers(b""), "Transfer-Encoding": "chunked"}, length=False
-        )
-        with PROXY.connect() as connection:
-            connection.send(
-                head + b"%x\r\n" % (MEBIBYTE + 1) + b"0" * (MEBIBYTE + 1) + b"\r\n0\r\n\r\n"
-            )
-            self.assertEqual(413, connection.read().status)
-
-    def test_a_chunked_delivery_is_accepted(self):
-        body = new_body()
-        chunks = b"".join(
-            b"%x\r\n%b\r\n" % (len(body[i : i + 7]), body[i : i + 7])
-            for i in range(0, len(body), 7)
-        )
-        headers = {**central_headers(body), "Transfer-Encoding": "chunked"}
-        answer = PROXY.request(
-            raw_request("POST", PATH, headers, length=False) + chunks + b"0\r\n\r\n"
-        )
-        self.assertEqual(200, answer.status)
+    def test_a_chunked_delivery_is_accepted_and_one_above_the_size_limit_is_413(self):
+        for body, size, status in ((new_body(), 7, 200), (b"0" * (MEBIBYTE + 1), 1 << 16, 413)):
+            with self.subTest(status):
+                headers = {**central_headers(body), "Transfer-Encoding": "chunked"}
+                parts_of_body = [body[i : i + size] for i in range(0, len(body), size)]
+                chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in parts_of_body]
+                head = raw_request("POST", PATH, headers, length=False)
+                answer = PROXY.request(head + b"".join(chunks) + b"0\r\n\r\n")
+                self.assertEqual(status, answer.status)
 
     def test_every_other_path_is_404_of_nginx(self):
-        body = new_body()
-        paths = [
-            "/",
-            "/centralwebhook/",
-            "/centralwebhook/x",
-            "/centralwebhoo",
-            "/Centralwebhook",
-            "/x/centralwebhook",
-        ]
-        for path in paths:
+        below = ("/centralwebhook/", "/centralwebhook/x")
+        for path in ("/", *below, "/centralwebhoo", "/Centralwebhook", "/x/centralwebhook"):
             with self.subTest(path):
-                answer = PROXY.request(raw_request("POST", path, central_headers(body), body))
+                answer = PROXY.deliver(path=path)
                 self.assertEqual((404, {"error": "404 by nginx"}), (answer.status, answer.json))
 
     def test_health_and_metrics_are_not_exposed_however_they_are_spelled(self):
@@ -345,49 +330,36 @@ class DeliveryTest(unittest.TestCase):
                 self.assertEqual("nginx", answer.headers["server"])
                 self.assertNotRegex(answer.body, rb"nginx/|Python")
 
-    def test_header_fields_that_are_too_large_are_refused(self):
-        answer = PROXY.request(raw_request("POST", PATH, {"X-Large": "x" * 9000}))
+    def test_an_access_token_of_12_kilobytes_gets_to_the_receiver(self):
+        for access_token, status in ((LONG_ACCESS_TOKEN[:-1], 401), (LONG_ACCESS_TOKEN, 200)):
+            with self.subTest(status):
+                fields = {"Authorization": f"Bearer {access_token}"}
+                answer = PROXY.deliver(token="keyed-token", fields=fields)
+                self.assertEqual(status, answer.status)
+
+    def test_header_fields_and_targets_that_are_too_long_are_refused(self):
+        answer = PROXY.deliver(fields={"X-Large": "x" * 17_000})
         self.assertEqual((400, {"error": "400 by nginx"}), (answer.status, answer.json))
+        for length in (9_000, 17_000):  # the receiver's limit, and nginx's
+            with self.subTest(length):
+                self.assertEqual(414, PROXY.deliver(path=f"{PATH}?{'x' * length}").status)
 
     def test_plain_http_is_led_to_https_and_to_nothing_else(self):
         for path in (PATH, PATH + "?a=b", "/health", "/"):
             for host in ("localhost", "evil.example"):
                 with self.subTest(path=path, host=host), Connection(PROXY.http_port) as connection:
-                    connection.send(
-                        signed_delivery(host=host).replace(PATH.encode(), path.encode(), 1)
-                    )
+                    connection.send(signed_delivery(path=path, host=host))
                     answer = connection.read()
                     self.assertEqual(
                         (308, "https://localhost" + path),
                         (answer.status, answer.headers["location"]),
                     )
 
-    def test_the_sender_in_the_log_is_the_one_that_nginx_saw_and_not_one_that_it_claims(self):
-        for number, extra in (
-            (5, {}),
-            (6, {"X-Forwarded-For": "203.0.113.9"}),
-            (7, {"X-Forwarded-For": "203.0.113.9, ::1"}),
-        ):
-            with self.subTest(extra):
-                source, start = f"127.0.0.{number}", len(RECEIVER.stderr_lines)
-                body = new_body()
-                headers = {**central_headers(body, token="another-token"), **extra}
-                self.assertEqual(
-                    401,
-                    PROXY.request(raw_request("POST", PATH, headers, body), source=source).status,
-                )
-                line = RECEIVER.wait_for_log("401", start=start)
-                self.assertIn(f" {source} ", line)
-                self.assertNotIn("203.0.113.9", line)
-
     def test_fifty_alerts_in_a_row_over_one_connection_are_all_accepted(self):
-        deliveries = [signed_delivery() for _ in range(50)]
         with PROXY.connect() as connection:
-            statuses = []
-            for delivery in deliveries:
-                connection.send(delivery)
-                statuses.append(connection.read().status)
-        self.assertEqual([200] * 50, statuses)
+            for _ in range(50):
+                connection.send(signed_delivery())
+                self.assertEqual(200, connection.read().status)
 
     def test_two_hundred_alerts_at_once_over_as_many_connections_are_all_accepted(self):
         with Receiver() as receiver, Nginx(receiver.port) as proxy:
@@ -442,8 +414,8 @@ class DeliveryTest(unittest.TestCase):
             f'("@method" "@target-uri" "@authority" "@scheme" "@path" "date");created={created}'
         )
         base = (
-            f'"@method": POST\n"@target-uri": {url}?a=%20b\n"@authority": localhost\n"@scheme": https\n'
-            f'"@path": {PATH}\n"date": {date}\n"@signature-params": {parameters}'
+            f'"@method": POST\n"@target-uri": {url}?a=%20b\n"@authority": localhost\n'
+            f'"@scheme": https\n"@path": {PATH}\n"date": {date}\n"@signature-params": {parameters}'
         )
         signature = base64.b64encode(
             hmac.new(b"new-token", base.encode(), hashlib.sha256).digest()
@@ -469,6 +441,52 @@ class DeliveryTest(unittest.TestCase):
             self.assertEqual((502, {"error": "502 by nginx"}), (answer.status, answer.json))
             with Receiver(config_of(port=receiver.port)):
                 self.assertEqual(200, proxy.deliver().status)
+
+
+class LoggedSenderTest(unittest.TestCase):
+    """Which sender the receiver's log names.
+
+    Each test has receivers of its own, since their logs show only ten rejections a second.
+    """
+
+    def logged_senders(self, deliveries, host="127.0.0.1", switch_on=(), **webclient_info):
+        """Send forged deliveries, (source, X-Forwarded-For) each; return the senders in the log."""
+        found = []
+        with (
+            Receiver(config_of(host=host, **webclient_info)) as receiver,
+            Nginx(receiver.port, receiver_host=host, switch_on=switch_on) as proxy,
+        ):
+            for source, forwarded in deliveries:
+                start = len(receiver.stderr_lines)
+                fields = {"X-Forwarded-For": forwarded} if forwarded else {}
+                answer = proxy.deliver(token="another-token", fields=fields, source=source)
+                self.assertEqual(401, answer.status)
+                line = receiver.wait_for_log(" 401 ", start=start)
+                found += re.findall(r"\b\d+(?:\.\d+){3}\b", line)
+        return found
+
+    def test_it_is_the_one_that_nginx_saw_and_not_one_that_the_sender_claims(self):
+        claims = (None, "203.0.113.9", "203.0.113.9, ::1")
+        found = self.logged_senders([("127.0.0.5", claim) for claim in claims])
+        self.assertEqual(["127.0.0.5"] * 3, found)
+
+    def test_behind_a_load_balancer_it_is_the_one_that_the_load_balancer_saw(self):
+        deliveries = [
+            (LOAD_BALANCER, "203.0.113.9"),
+            (LOAD_BALANCER, "198.51.100.1, 203.0.113.9"),  # the first entry is a claim
+            (LOAD_BALANCER, "203.0.113.9:50123"),
+            ("127.0.0.5", "203.0.113.9"),  # not through the load balancer
+        ]
+        found = self.logged_senders(deliveries, switch_on=BALANCED)
+        self.assertEqual(["203.0.113.9"] * 3 + ["127.0.0.5"], found)
+
+    def test_a_receiver_on_another_host_names_it_if_it_trusts_the_address_of_nginx(self):
+        for trusted, expected in (("127.0.0.1", "127.0.0.5"), ("192.0.2.1", "127.0.0.1")):
+            with self.subTest(trusted):
+                found = self.logged_senders(
+                    [("127.0.0.5", None)], host="127.0.0.10", trusted_proxies=[trusted]
+                )
+                self.assertEqual([expected], found)
 
 
 class TlsTest(unittest.TestCase):
@@ -510,43 +528,34 @@ class TlsTest(unittest.TestCase):
 class SendSampleTest(unittest.TestCase):
     """`--send-sample` proves the whole way."""
 
-    def send(self, url, **environment):
-        return subprocess.run(
-            [
-                sys.executable,
-                str(PROGRAM),
-                f"-i={RECEIVER.config_path}",
-                "--webhook",
-                "noc",
-                "--send-sample",
-                url,
-            ],
-            env={**os.environ, **environment},
+    def send(self, path, authority=None):
+        """Run it; return its exit code, stdout and stderr."""
+        command = [sys.executable, str(PROGRAM), f"-i={RECEIVER.config_path}", "--webhook", "noc"]
+        done = subprocess.run(
+            [*command, "--send-sample", f"https://localhost:{PROXY.https_port}{path}"],
+            env={**os.environ, "SSL_CERT_FILE": str(authority or CERTIFICATES / "authority.pem")},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=60,
         )
+        return done.returncode, done.stdout, done.stderr
 
     def test_it_exits_0_on_200_through_nginx_if_the_certificate_is_trusted(self):
-        url = f"https://localhost:{PROXY.https_port}{PATH}"
-        done = self.send(url, SSL_CERT_FILE=str(CERTIFICATES / "authority.pem"))
-        self.assertEqual(0, done.returncode, done.stderr)
-        self.assertRegex(done.stdout, r"^200 .*ok")
+        code, stdout, stderr = self.send(PATH)
+        self.assertEqual(0, code, stderr)
+        self.assertRegex(stdout, r"^200 .*ok")
 
     def test_it_exits_1_if_the_certificate_is_not_trusted(self):
-        done = self.send(f"https://localhost:{PROXY.https_port}{PATH}", SSL_CERT_FILE=os.devnull)
-        self.assertEqual(1, done.returncode, done.stderr)
-        self.assertRegex(done.stderr, "(?i)certificate|ssl")
-        self.assertNotIn("Traceback", done.stderr)
+        code, _, stderr = self.send(PATH, authority=os.devnull)
+        self.assertEqual(1, code, stderr)
+        self.assertRegex(stderr, "(?i)certificate|ssl")
+        self.assertNotIn("Traceback", stderr)
 
     def test_it_exits_1_on_another_status(self):
-        done = self.send(
-            f"https://localhost:{PROXY.https_port}/x",
-            SSL_CERT_FILE=str(CERTIFICATES / "authority.pem"),
-        )
-        self.assertEqual(1, done.returncode, done.stderr)
-        self.assertIn("404", done.stdout + done.stderr)
+        code, stdout, stderr = self.send("/x")
+        self.assertEqual(1, code, stderr)
+        self.assertIn("404", stdout + stderr)
 
 
 class SeveralReceiversTest(unittest.TestCase):

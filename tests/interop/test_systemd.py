@@ -1,4 +1,4 @@
-"""The unit file of README.md, judged by systemd itself."""
+"""The unit file of README.md, checked by systemd itself, and sockets that systemd passes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from ..support import TOP
+from ..support import TOP, Receiver, config_of
 from . import parts
 
 README = TOP / "README.md"
@@ -85,3 +85,41 @@ class UnitFileTest(unittest.TestCase):
         text = self.service.read_text()
         self.assertRegex(text, r"(?m)^Type=notify(?:-reload)?$")
         self.assertRegex(text, r"(?m)^(?:Type=notify-reload|ExecReload=.*HUP.*)$")
+
+
+class SocketActivationTest(unittest.TestCase):
+    """systemd-socket-activate listens, and starts the receiver at the first connection."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.program = parts.need_program("systemd-socket-activate")
+
+    def activated(self, *ports):
+        python = [self.program]
+        for port in ports:
+            python += ["-l", f"127.0.0.1:{port}"]
+        receiver = Receiver(config_of(), python=[*python, sys.executable, "-S"])
+        self.addCleanup(receiver.__exit__)
+        for port in ports:
+            receiver.wait_for_log(f"Listening on 127.0.0.1:{port}")
+        receiver.port = ports[0]
+        return receiver
+
+    def test_the_delivery_that_starts_it_is_accepted_and_the_socket_is_used(self):
+        (port,) = parts.free_ports(1)
+        receiver = self.activated(port)
+        self.assertEqual(200, receiver.deliver().status)
+        receiver.wait_for_log(f"listens on 127.0.0.1 port {port} ")
+        self.assertEqual(200, receiver.deliver().status)
+        self.assertEqual(0, receiver.stop())
+
+    def test_with_two_sockets_it_ends_with_1_and_says_how_to_have_one(self):
+        receiver = self.activated(*parts.free_ports(2))
+        receiver.connect().socket.close()
+        self.assertEqual(1, receiver.wait())
+        self.assertRegex(receiver.stderr_lines[-1], "LISTEN_FDS.*ListenStream")
+        self.assertNotIn("Traceback", "\n".join(receiver.stderr_lines))
+
+
+if __name__ == "__main__":
+    unittest.main()
