@@ -2246,6 +2246,7 @@ def diagnose(request: Request, webhooks: Sequence[ActiveWebhook], now: float) ->
 
 # ---- HTTP parsing ---------------------------------------------------------------------------
 
+
 _REQUEST_LINE = re.compile(rf"({FIELD_NAME}) ([!-~]+) HTTP/([0-9]\.[0-9])\r\n".encode())
 _FIELD = re.compile(rf"^({FIELD_NAME}):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _HOST = re.compile(
@@ -2265,7 +2266,9 @@ def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
     """
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise Refusal("malformed", diagnose_request_line(line))
+        if line.startswith((b"PROXY ", b"\0\r\n")):  # its versions 1 and 2
+            raise Refusal("malformed", "this is the PROXY protocol: switch it off at the proxy")
+        raise Refusal("malformed", "the request line is malformed")
     method, target, version = match[1].decode(), match[2].decode(), match[3].decode()
     if version not in ("1.0", "1.1"):
         raise Refusal("version", f"HTTP/{version}, expected HTTP/1.0 or HTTP/1.1")
@@ -2280,21 +2283,11 @@ def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
     return method, path, query if mark else None, f"HTTP/{version}"
 
 
-def diagnose_request_line(line: bytes) -> str:
-    """Say what a malformed request line seems to be."""
-    if line.startswith(b"\x16\x03"):
-        return "this is TLS, on a port for plain HTTP: use http://, or put the proxy in front"
-    if line.startswith((b"PROXY ", b"\0\r\nQUIT\n")):
-        return "this is the PROXY protocol: switch it off at the proxy"
-    return "the request line is malformed"
-
-
 def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     """Parse header fields, each ended with CRLF, into values by lower-case name.
 
-    Also return the names that are repeated; their values are joined with ", ".
-
-    Raises Refusal: malformed, headers_too_large.
+    Also return the names that are repeated; their values are joined with ", ". Raises Refusal:
+    malformed, headers_too_large.
     """
     text = fields.decode("latin-1")
     found = _FIELD.findall(text)
@@ -2302,10 +2295,8 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     # space before the colon are read differently by different programs: that is how requests are
     # smuggled past a proxy.
     if len(found) != text.count("\n"):
-        raise Refusal(
-            "malformed",
-            "a header field is malformed: its name, a control character, or a line without CRLF",
-        )
+        detail = "its name, a control character, or a line without CRLF"
+        raise Refusal("malformed", f"a header field is malformed: {detail}")
     if len(found) > MAX_HEADER_FIELDS:
         raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
     lines = [(name.lower(), value.strip(" \t")) for name, value in found]
@@ -2327,9 +2318,8 @@ def parse_body_length(request: Request, max_body_bytes: int) -> Optional[int]:
         codings = {part.strip().lower() for part in coding.split(",")}
         is_repeated = codings <= {"chunked", ""} and coding.lower() != "chunked"
         if length is not None or request.version == "HTTP/1.0" or is_repeated:
-            raise Refusal(
-                "malformed", "Transfer-Encoding repeated, with Content-Length, or in HTTP/1.0"
-            )
+            detail = "repeated, with Content-Length, or in HTTP/1.0"
+            raise Refusal("malformed", f"Transfer-Encoding is {detail}")
         if codings != {"chunked"}:
             raise Refusal("coding", f"Transfer-Encoding is {coding[:40]!r}, expected chunked")
         return None
@@ -2354,13 +2344,11 @@ class DeadlineReader(io.RawIOBase):
     """The receiving half of a connection: each read gets the time that is left to a deadline."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
-        """Set the deadline, in monotonic seconds; it may be changed at any time."""
         super().__init__()
         self.connection = connection
-        self.deadline = deadline
+        self.deadline = deadline  # monotonic seconds; it may be changed at any time
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -2395,13 +2383,14 @@ class WebhookHandler(BaseHTTPRequestHandler):
         """Read one request, call `do_POST`, `do_GET` or `do_HEAD`, or refuse it."""
         self.parsed = EMPTY_REQUEST
         self.webhooks: Sequence[ActiveWebhook] = ()
+        self.close_connection = True
         try:
-            self.wait_for_request()
-            if self.close_connection:
+            if not self.wait_for_request():
                 return
             self.parse_request()
+            length = parse_body_length(self.parsed, self.server.config.max_body_bytes)
             self.webhooks = self.server.route(self.parsed)
-            self.read_body()
+            self.read_body(length)
             getattr(self, f"do_{self.parsed.method}")()
         except Refusal as refusal:
             self.refuse(refusal)
@@ -2410,28 +2399,26 @@ class WebhookHandler(BaseHTTPRequestHandler):
         finally:
             self.server.idle.add(self.connection)
 
-    def wait_for_request(self) -> None:
-        """Wait for the first byte of a request; set `close_connection` if none comes.
+    def wait_for_request(self) -> bool:
+        """Wait for the first byte of a request; return False if none comes.
 
-        An empty line before it is passed over (RFC 9112 section 2.2).
+        Empty lines before it are passed over (RFC 9112 section 2.2).
         """
-        self.close_connection = False
         try:
             while self.rfile.peek(1)[:1] == b"\r":
                 if self.rfile.read(2) != b"\r\n":
                     raise Refusal("malformed", "a carriage return before the request")
-            self.close_connection = not self.rfile.peek(1)
+            if not self.rfile.peek(1):
+                return False
         except Refusal as refusal:
-            if refusal.reason != "timeout" or self.is_first:
-                raise
-            self.close_connection = True  # idle for too long
-        if self.close_connection:
-            return
+            if refusal.reason == "timeout" and not self.is_first:  # idle for too long
+                return False
+            raise
         self.server.idle.discard(self.connection)
         if not self.is_first:
-            timeout = self.server.config.request_timeout_seconds
-            self.reader.deadline = time.monotonic() + timeout
+            self.reader.deadline = time.monotonic() + self.server.config.request_timeout_seconds
         self.is_first = False
+        return True
 
     def read_line(self, limit: int, reason: str) -> bytes:
         """Read a line with its CRLF. Raises Refusal: `reason` above `limit`, malformed, timeout."""
@@ -2455,40 +2442,25 @@ class WebhookHandler(BaseHTTPRequestHandler):
             fields += line
 
     def parse_request(self) -> bool:
-        """Read and parse the request line and the header (RFC 9112).
-
-        Raises Refusal: malformed, version, target_too_long, headers_too_large, timeout.
-        """
-        if self.rfile.peek(1)[:1] in (b"\x16", b"\0"):  # TLS, PROXY: neither ends its line
-            raise Refusal("malformed", diagnose_request_line(self.rfile.peek(7)))
+        """Read and parse the request line and the header (RFC 9112). Raises Refusal."""
+        if self.rfile.peek(1)[:1] == b"\x16":  # a handshake, which has no line end
+            raise Refusal("malformed", "this is TLS, expected plain HTTP: is the proxy in front?")
         line = self.read_line(MAX_REQUEST_LINE_BYTES, "target_too_long")
-        method, path, query, version = parse_request_line(line)
-        self.command = method
-        self.path = path
-        self.request_version = version
-        headers, repeated = self.read_fields()
-        self.headers = headers  # type: ignore[assignment]  # by lower-case name
-        self.parsed = Request(method, path, query, version, headers, repeated)
-        host = headers.get("host")
-        is_missing = host is None and version == "HTTP/1.1"
-        if is_missing or "host" in repeated or not _HOST.fullmatch(host or ""):
+        request_line = parse_request_line(line)
+        self.parsed = Request(*request_line, *self.read_fields())
+        host = self.parsed.headers.get("host")
+        is_missing = host is None and self.parsed.version == "HTTP/1.1"
+        if is_missing or "host" in self.parsed.repeated or not _HOST.fullmatch(host or ""):
             raise Refusal("malformed", "Host is missing, malformed or repeated")
-        self.body_length = parse_body_length(self.parsed, self.server.config.max_body_bytes)
         return True
 
-    def read_body(self) -> None:
-        """Read the body of the request, after a 100 Continue if the sender waits for it.
-
-        Raises Refusal: malformed, body_too_large, headers_too_large, timeout.
-        """
-        expect = self.headers.get("expect", "").lower()
-        is_http11 = self.request_version == "HTTP/1.1"
-        if expect == "100-continue" and is_http11 and self.body_length != 0:
+    def read_body(self, length: Optional[int]) -> None:
+        """Read the body (None: chunked), after a 100 Continue if the sender waits for it."""
+        request = self.parsed
+        expect = request.headers.get("expect", "").lower()
+        if expect == "100-continue" and request.version == "HTTP/1.1" and length != 0:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.body_length is None:
-            self.parsed.body = self.read_chunked()
-        else:
-            self.parsed.body = self.read_exactly(self.body_length)
+        request.body = self.read_chunked() if length is None else self.read_exactly(length)
 
     def read_exactly(self, length: int) -> bytes:
         """Read `length` bytes. Raises Refusal: malformed, timeout."""
@@ -2498,10 +2470,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         return data
 
     def read_chunked(self) -> bytes:
-        """Read and decode a chunked body (RFC 9112 section 7.1); trailers are checked and dropped.
-
-        Raises Refusal: malformed, body_too_large, headers_too_large, timeout.
-        """
+        """Read and decode a chunked body (RFC 9112 section 7.1); trailers are checked and dropped."""
         limit = self.server.config.max_body_bytes
         body = bytearray()
         while True:
@@ -2530,7 +2499,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         webhook, verified = check_webhooks(self.webhooks, request, now)
         self.webhooks = (webhook,)
         config = webhook.config
-        signed_time = self.headers.get(SENT_AT_HEADERS.get(config.type, ""), "")
+        signed_time = request.headers.get(SENT_AT_HEADERS.get(config.type, ""), "")
         check_age(verified.sent_at, signed_time, config.replay_window_seconds, now)
         server.log_old_token(webhook, verified.token_index)
         keys = dedup_keys(config.type, request)
@@ -2550,19 +2519,18 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     def report_not_json(self, webhook: Webhook) -> None:
         """Count and log a body that was stored although it is not JSON."""
-        body = self.parsed.body
-        found = guess_format(body)
+        found = guess_format(self.parsed.body)
         if webhook.type == "ip-fabric" and found.startswith("XML"):
             return
         self.server.metrics.count_not_json(webhook.name)
         if self.server.rejections.allows():
-            size = len(body)
+            size = len(self.parsed.body)
             log.warning("%r: stored %d bytes that are not JSON: %s", webhook.name, size, found)
 
     def do_GET(self) -> None:
         """Answer /health or /metrics."""
         server = self.server
-        if self.path == "/metrics":
+        if self.parsed.path == "/metrics":
             text = server.metrics.render(server.count_in_flight())
             self.send(200, text, "text/plain; version=0.0.4; charset=utf-8")
         elif server.output.is_failing() or server.is_stopping:
@@ -2583,8 +2551,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         """
         server = self.server
         request = self.parsed
-        options = request.headers.get("connection", "").lower().split(",")
-        options = [option.strip() for option in options]
+        options = re.split(r"[ \t]*,[ \t]*", request.headers.get("connection", "").lower())
         is_refusal = status >= 400 and status != 401
         self.close_connection = (
             is_refusal
@@ -2619,28 +2586,24 @@ class WebhookHandler(BaseHTTPRequestHandler):
             name = self.webhooks[0].config.name
         server.metrics.count(name, refusal.reason, len(request.body))
         if server.rejections.allows():
-            hint = ""
+            receiver = f" for {name!r}" if name else ""
+            text = f"{status} to {self.peer()}{receiver}: {refusal.reason}: {refusal}"
             if refusal.reason == "signature":
                 hint = diagnose(request, self.webhooks, time.time())
-            shown = f" for {name!r}" if name else ""
-            more = f" ({hint})" if hint else ""
-            text = f"{status} to {self.peer()}{shown}: {refusal.reason}: {refusal}{more}"
+                text += f" ({hint})" if hint else ""
             log.warning("%s", text)
-        headers = []
+        headers = ["Retry-After: 1"] if status == 503 else []
         if status == 401:
             needs_token = any(webhook.config.oidc for webhook in self.webhooks)
             scheme = "Bearer" if needs_token else "HMAC-SHA256"
             headers = [f'WWW-Authenticate: {scheme} realm="central webhook"']
         elif status == 405:
-            allowed = "GET, HEAD" if request.path in RESERVED_PATHS else "POST"
-            headers = [f"Allow: {allowed}"]
-        elif status == 503:
-            headers = ["Retry-After: 1"]
+            headers = ["Allow: GET, HEAD" if request.path in RESERVED_PATHS else "Allow: POST"]
         with contextlib.suppress(OSError):  # the sender is gone
             self.reply(status, {"error": HTTPStatus(status).phrase.lower()}, *headers)
 
     def linger(self) -> None:
-        """Read and drop what still comes, for a while: closing with unread data loses the answer."""
+        """Read and drop what comes for a while: closing with unread data loses the answer."""
         self.server.idle.add(self.connection)
         with contextlib.suppress(OSError, Refusal):
             self.connection.shutdown(socket.SHUT_WR)
@@ -2650,8 +2613,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     def peer(self) -> str:
         """Return who sent the request: the last of X-Forwarded-For if a trusted proxy did."""
-        address = str(self.client_address[0]) if self.client_address else ""
-        if address:  # it is empty for a Unix socket
+        address = str(self.client_address[0]) if self.client_address else ""  # a Unix socket
+        if address:
             parsed = ipaddress.ip_address(address.partition("%")[0])
             parsed = getattr(parsed, "ipv4_mapped", None) or parsed
             if not any(parsed in network for network in self.server.config.trusted_proxies):
@@ -2662,11 +2625,9 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
 def parse_forwarded_address(text: str) -> str:
     """Return the address of `a`, `a:port`, `[v6]` or `[v6]:port`; "" if it is none of these."""
-    match = re.fullmatch(r"\[([^\]]+)\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)", text)
-    if not match:
-        return ""
+    without_port = re.sub(r"^\[(.+)\](:[0-9]+)?$|^([0-9.]+):[0-9]+$", r"\1\3", text)
     try:
-        return str(ipaddress.ip_address(match[1] or match[2] or match[3]))
+        return str(ipaddress.ip_address(without_port))
     except ValueError:
         return ""
 
@@ -2712,7 +2673,6 @@ class WebhookServer(ThreadingHTTPServer):
         self.is_stopping = False
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()
-        self.changed = threading.Condition()  # guards `connections`
         self.accepted: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread_count = 0
         # What the main thread waits for: numbers of signals, or None if stdout is gone.
@@ -2723,10 +2683,9 @@ class WebhookServer(ThreadingHTTPServer):
         return len(self.connections) >= self.config.max_connections
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection. Raises OSError if there is no place for now: `serve_forever` retries."""
-        with self.changed:
-            if not self.changed.wait_for(lambda: not self.is_full(), 0.1):
-                raise BlockingIOError("max_connections are open")
+        """Accept a connection. Raises OSError without a place for it: `serve_forever` retries."""
+        if not wait_until(lambda: not self.is_full(), 0.1):
+            raise BlockingIOError("max_connections are open")
         try:
             connection, address = super().get_request()
         except BlockingIOError:
@@ -2737,8 +2696,7 @@ class WebhookServer(ThreadingHTTPServer):
             time.sleep(0.1)
             raise
         self.idle.add(connection)
-        with self.changed:
-            self.connections.add(connection)
+        self.connections.add(connection)
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -2748,7 +2706,7 @@ class WebhookServer(ThreadingHTTPServer):
 
     def add_threads(self) -> None:
         """Start threads until there is one for each connection."""
-        with contextlib.suppress(RuntimeError):  # no more threads now: service_actions tries again
+        with contextlib.suppress(RuntimeError):  # no more now: service_actions tries again
             while self.thread_count < len(self.connections):
                 threading.Thread(target=self.process_requests, daemon=True).start()
                 self.thread_count += 1
@@ -2762,9 +2720,7 @@ class WebhookServer(ThreadingHTTPServer):
         """Close a connection, and make its place free."""
         super().shutdown_request(request)
         self.idle.discard(request)
-        with self.changed:
-            self.connections.discard(request)
-            self.changed.notify_all()
+        self.connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a bug of ours: no input of a sender may get here."""
@@ -2784,42 +2740,31 @@ class WebhookServer(ThreadingHTTPServer):
         return max(0, len(self.connections) - len(self.idle))
 
     def route(self, request: Request) -> Sequence[ActiveWebhook]:
-        """Return the webhooks that a request may be for; none for a path of the receiver itself.
-
-        Raises Refusal: not_found, method.
-        """
+        """Return the webhooks that a request may be for; none for a path of the receiver itself."""
         path = request.path
         is_reserved = path in RESERVED_PATHS
-        webhooks = []
-        if not is_reserved:
-            webhooks = [one for one in self.webhooks if one.config.path in (None, path)]
-            if not webhooks:
-                raise Refusal("not_found", f"no webhook at {path[:200]!r}")
+        webhooks = [one for one in self.webhooks if one.config.path in (None, path)]
+        if not webhooks and not is_reserved:
+            raise Refusal("not_found", f"no webhook at {path[:200]!r}")
         if request.method not in (("GET", "HEAD") if is_reserved else ("POST",)):
             raise Refusal("method", f"{request.method[:20]} on {path[:200]!r}")
-        return webhooks
+        return [] if is_reserved else webhooks
 
     def log_old_token(self, webhook: ActiveWebhook, token_index: int) -> None:
         """Log that a token other than the first is still in use, at most once a minute."""
-        if not token_index:
-            return
         now = time.monotonic()
-        if now - webhook.old_tokens_logged.get(token_index, -1e9) > 60:
+        if token_index and now - webhook.old_tokens_logged.get(token_index, -math.inf) > 60:
             webhook.old_tokens_logged[token_index] = now
-            count = len(webhook.config.tokens)
-            name = webhook.config.name
-            log.info("webhook %r: token %d of %d still matches", name, token_index + 1, count)
+            position = f"{token_index + 1} of {len(webhook.config.tokens)}"
+            log.info("webhook %r: token %s still matches", webhook.config.name, position)
 
     def restore(self, webhooks: Sequence[ActiveWebhook]) -> None:
         """Restore the replay caches of webhooks from the log. Raises OutputError."""
         log_file = self.output.log_file
-        caches = {
-            webhook.config.name: webhook.replay_cache
-            for webhook in webhooks
-            if webhook.config.type not in NO_DEDUP
-        }
-        if log_file and caches:
-            windows = [webhook.config.replay_window_seconds for webhook in webhooks]
+        webhooks = [one for one in webhooks if one.config.type not in NO_DEDUP]
+        if log_file and webhooks:
+            caches = {one.config.name: one.replay_cache for one in webhooks}
+            windows = [one.config.replay_window_seconds for one in webhooks]
             window = max(windows) if all(windows) else 0
             restore_replay_caches(log_file.path, caches, window, time.time())
 
@@ -2830,7 +2775,6 @@ class WebhookServer(ThreadingHTTPServer):
         """
         if (config.host, config.port) != (self.config.host, self.config.port):
             log.warning("host and port change with a restart only")
-        is_same_log = config.log_file == self.config.log_file
         self.output.reload(config.log_file, config.request_timeout_seconds)
         before = {(one.config.name, one.config.type): one for one in self.webhooks}
         webhooks = []
@@ -2845,7 +2789,7 @@ class WebhookServer(ThreadingHTTPServer):
                 webhook.former_tokens = tuple(former[:4])
                 if found.oidc == old.config.oidc:
                     webhook.jwks_client = old.jwks_client
-            if not old or not is_same_log:
+            if not old or config.log_file != self.config.log_file:
                 unknown.append(webhook)
             webhooks.append(webhook)
         self.restore(unknown)
@@ -2883,69 +2827,69 @@ METRICS = {  # name: type, help
 }
 
 
-def metric_labels(webhook: str, **labels: str) -> str:
-    """Return labels as Prometheus writes them; it quotes and escapes as JSON does."""
-    pairs = {"webhook": webhook, **labels}.items()
-    return ",".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in pairs)
+def series(metric: str, webhook: str, result: str = "") -> str:
+    """Return a metric with its labels, which Prometheus quotes and escapes as JSON does."""
+    labels = f"webhook={json.dumps(webhook, ensure_ascii=False)}"
+    if result:
+        labels += f',result="{result}"'
+    return f"{metric}{{{labels}}}"
 
 
 class Metrics:
     """Metrics in the text format of Prometheus; no label comes from a sender. Thread-safe."""
 
     def __init__(self, webhooks: Iterable[str]) -> None:
-        """Set all series of these webhooks to 0."""
         self.lock = threading.Lock()
-        self.series: dict[str, dict[str, float]] = {name: {} for name in METRICS}  # by labels
+        self.values: dict[str, float] = {"body_bytes_total": 0}  # by series
         self.add_webhooks(webhooks)
-        self.series["body_bytes_total"][""] = 0
 
     def add_webhooks(self, webhooks: Iterable[str]) -> None:
         """Set the series of webhooks to 0 that do not exist yet."""
         with self.lock:
             for webhook in ("", *webhooks):
                 for result in (*REFUSALS, "accepted", "duplicate"):
-                    labels = metric_labels(webhook, result=result)
-                    self.series["deliveries_total"].setdefault(labels, 0)
+                    self.values.setdefault(series("deliveries_total", webhook, result), 0)
                 if webhook:
-                    labels = metric_labels(webhook)
-                    self.series["last_accepted_timestamp_seconds"].setdefault(labels, 0)
-                    self.series["not_json_total"].setdefault(labels, 0)
+                    self.values.setdefault(series("last_accepted_timestamp_seconds", webhook), 0)
+                    self.values.setdefault(series("not_json_total", webhook), 0)
 
     def count(self, webhook: str, result: str, body_bytes: int) -> None:
         """Count a request; `webhook` is "" if it belongs to none."""
         with self.lock:
-            self.series["deliveries_total"][metric_labels(webhook, result=result)] += 1
-            self.series["body_bytes_total"][""] += body_bytes
+            self.values[series("deliveries_total", webhook, result)] += 1
+            self.values["body_bytes_total"] += body_bytes
             if result == "accepted":
-                labels = metric_labels(webhook)
-                self.series["last_accepted_timestamp_seconds"][labels] = round(time.time(), 3)
+                accepted = series("last_accepted_timestamp_seconds", webhook)
+                self.values[accepted] = round(time.time(), 3)
 
     def count_not_json(self, webhook: str) -> None:
         """Count an accepted delivery whose body is not JSON."""
         with self.lock:
-            self.series["not_json_total"][metric_labels(webhook)] += 1
+            self.values[series("not_json_total", webhook)] += 1
 
     def render(self, in_flight: int) -> bytes:
         """Return the text."""
-        lines = []
         with self.lock:
-            self.series["requests_in_flight"][""] = in_flight
-            for metric, (metric_type, about) in METRICS.items():
-                name = f"central_webhook_{metric}"
-                lines.extend([f"# HELP {name} {about}", f"# TYPE {name} {metric_type}"])
-                for labels, value in sorted(self.series[metric].items()):
-                    lines.append(f"{name}{{{labels}}} {value}" if labels else f"{name} {value}")
+            samples = {**self.values, "requests_in_flight": in_flight}
+        lines = []
+        for metric, (metric_type, about) in METRICS.items():
+            lines.append(f"# HELP central_webhook_{metric} {about}")
+            lines.append(f"# TYPE central_webhook_{metric} {metric_type}")
+            for name, value in samples.items():
+                if name.partition("{")[0] == metric:
+                    lines.append(f"central_webhook_{name} {value}")
         return ("\n".join(lines) + "\n").encode()
 
 
 # ---- Signals and systemd --------------------------------------------------------------------
+
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RELOAD_SIGNALS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Windows has none
 
 
 def notify(*lines: str) -> None:
-    """Tell systemd about our state, if it asks for it (sd_notify(3))."""
+    """Report our state to systemd, if it asks for it (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -2968,8 +2912,7 @@ def inherited_socket() -> Optional[socket.socket]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or count in ("", "0"):
         return None
     if count != "1":
-        advice = "use a single ListenStream= line"
-        raise StartError(f"LISTEN_FDS: expected one inherited socket, found {count}: {advice}")
+        raise StartError(f"LISTEN_FDS: expected 1, found {count}: use a single ListenStream= line")
     inherited = socket.socket(fileno=3)
     if not inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise StartError("LISTEN_FDS: the inherited socket does not listen")
@@ -2982,8 +2925,7 @@ def reload_config(server: WebhookServer, path: str) -> None:
     try:
         config = load_config(path)
         server.reload(config)
-        names = ", ".join(webhook.name for webhook in config.webhooks)
-        log.info("configuration reloaded: %s", names)
+        log.info("configuration reloaded: %s", ", ".join(one.name for one in config.webhooks))
     except (ConfigError, OutputError) as error:
         for text in error.args:
             log.error("configuration not reloaded, the old one stays: %s: %s", path, text)
@@ -3005,8 +2947,7 @@ def serve(server: WebhookServer, path: str) -> int:
 
     for number in (*STOP_SIGNALS, *RELOAD_SIGNALS):
         signal.signal(number, on_signal)
-    thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     notify("READY=1")
     while True:
         try:
