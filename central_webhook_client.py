@@ -1391,7 +1391,7 @@ class Output:
     ) -> None:
         """Open the log; `write_timeout` is in seconds, `render` is for stdout.
 
-        Raises OSError if stdout is closed, OutputError if the log cannot be opened.
+        Raises OutputError if the log cannot be opened, OSError if stdout is closed.
         """
         self.write_timeout = write_timeout
         self.render = render
@@ -1443,7 +1443,7 @@ class Output:
     def write_pending(self, deadline: float) -> None:
         """Write all pending entries; called with the lock held."""
         batch = []
-        with contextlib.suppress(IndexError):
+        with contextlib.suppress(IndexError):  # other threads may add and remove entries meanwhile
             while True:
                 batch.append(self.pending.popleft())
         self.write_deadline = deadline
@@ -1477,7 +1477,7 @@ class Output:
     def write_stdout(self, data: bytes, deadline: float) -> None:
         """Write to stdout; a half line that a stalled reader has taken is ended first.
 
-        Raises OutputError if its reader is gone, or does not take all until `deadline`.
+        Raises OutputError if the reader is gone, or has not taken everything by `deadline`.
         """
         left = memoryview(b"\n" + data if self.stdout_mid_line else data)
         try:
@@ -2445,8 +2445,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         """Read and parse the request line and the header (RFC 9112). Raises Refusal."""
         if self.rfile.peek(1)[:1] == b"\x16":  # a handshake, which has no line end
             raise Refusal("malformed", "this is TLS, expected plain HTTP: is the proxy in front?")
-        line = self.read_line(MAX_REQUEST_LINE_BYTES, "target_too_long")
-        request_line = parse_request_line(line)
+        request_line = parse_request_line(self.read_line(MAX_REQUEST_LINE_BYTES, "target_too_long"))
         self.parsed = Request(*request_line, *self.read_fields())
         host = self.parsed.headers.get("host")
         is_missing = host is None and self.parsed.version == "HTTP/1.1"
@@ -2470,7 +2469,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         return data
 
     def read_chunked(self) -> bytes:
-        """Read and decode a chunked body (RFC 9112 section 7.1); trailers are checked and dropped."""
+        """Read a chunked body (RFC 9112 section 7.1); its trailers are checked and dropped."""
         limit = self.server.config.max_body_bytes
         body = bytearray()
         while True:
@@ -2545,13 +2544,11 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.send(status, json.dumps(answer).encode(), JSON, *headers)
 
     def send(self, status: int, body: bytes, content_type: str, *headers: str) -> None:
-        """Send an answer in one piece, and decide whether the connection goes on.
-
-        Raises OSError if the sender is gone, or does not read its answer in time.
-        """
+        """Send an answer in one piece; decide whether the connection goes on. Raises OSError."""
         server = self.server
         request = self.parsed
-        options = re.split(r"[ \t]*,[ \t]*", request.headers.get("connection", "").lower())
+        connection = request.headers.get("connection", "").lower()
+        options = [option.strip() for option in connection.split(",")]
         is_refusal = status >= 400 and status != 401
         self.close_connection = (
             is_refusal
@@ -2625,9 +2622,9 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
 def parse_forwarded_address(text: str) -> str:
     """Return the address of `a`, `a:port`, `[v6]` or `[v6]:port`; "" if it is none of these."""
-    without_port = re.sub(r"^\[(.+)\](:[0-9]+)?$|^([0-9.]+):[0-9]+$", r"\1\3", text)
+    match = re.fullmatch(r"\[([^\]]+)\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)", text)
     try:
-        return str(ipaddress.ip_address(without_port))
+        return str(ipaddress.ip_address(match[1] or match[2] or match[3])) if match else ""
     except ValueError:
         return ""
 
@@ -2655,10 +2652,7 @@ class WebhookServer(ThreadingHTTPServer):
     the open ones and `idle` those of them that wait for a request or for their end.
     """
 
-    daemon_threads = True
-
     def __init__(self, config: Config, output: Output, listener: socket.socket) -> None:
-        """Serve on a listening socket; `handle_alert` is used as it is set now."""
         super().__init__(listener.getsockname(), WebhookHandler, bind_and_activate=False)
         self.socket.close()  # the base made one, but its way to bind looks up the host's name
         self.socket = listener
@@ -2785,8 +2779,7 @@ class WebhookServer(ThreadingHTTPServer):
             if old:
                 webhook.replay_cache = old.replay_cache
                 former = [*old.config.tokens, *old.former_tokens]
-                former = [token for token in former if token not in found.tokens]
-                webhook.former_tokens = tuple(former[:4])
+                webhook.former_tokens = tuple(one for one in former if one not in found.tokens)[:4]
                 if found.oidc == old.config.oidc:
                     webhook.jwks_client = old.jwks_client
             if not old or config.log_file != self.config.log_file:
