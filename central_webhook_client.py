@@ -2400,11 +2400,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
             self.server.idle.add(self.connection)
 
     def wait_for_request(self) -> bool:
-        """Wait for the first byte of a request; return False if none comes.
-
-        Empty lines before it are passed over (RFC 9112 section 2.2).
-        """
-        try:
+        """Wait for the first byte of a request; return False if none comes."""
+        try:  # RFC 9112 section 2.2: empty lines before a request are passed over
             while self.rfile.peek(1)[:1] == b"\r":
                 if self.rfile.read(2) != b"\r\n":
                     raise Refusal("malformed", "a carriage return before the request")
@@ -2555,7 +2552,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             or "close" in options
             or (request.version == "HTTP/1.0" and "keep-alive" not in options)
             or server.is_stopping
-            or server.is_full()
+            or not server.has_room()
         )
         lines = [
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
@@ -2646,10 +2643,10 @@ def listen_on(host: str, port: int) -> socket.socket:
 
 
 class WebhookServer(ThreadingHTTPServer):
-    """Serves each connection in a thread, and reuses the threads.
+    """Serves each connection in a thread; there are as many as there were connections at once.
 
-    At most `max_connections` are open at once; more wait in the listen queue. `connections` holds
-    the open ones and `idle` those of them that wait for a request or for their end.
+    At most `max_connections` are open; more wait in the listen queue. `connections` holds the open
+    ones and `idle` those of them that wait for a request or for their end.
     """
 
     def __init__(self, config: Config, output: Output, listener: socket.socket) -> None:
@@ -2672,38 +2669,29 @@ class WebhookServer(ThreadingHTTPServer):
         # What the main thread waits for: numbers of signals, or None if stdout is gone.
         self.events: queue.SimpleQueue[Optional[int]] = queue.SimpleQueue()
 
-    def is_full(self) -> bool:
-        """Return True if another connection would have to wait."""
-        return len(self.connections) >= self.config.max_connections
+    def has_room(self) -> bool:
+        """Return True if another connection need not wait."""
+        return len(self.connections) < self.config.max_connections
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError without a place for it: `serve_forever` retries."""
-        if not wait_until(lambda: not self.is_full(), 0.1):
+        if not wait_until(self.has_room, 0.1):
             raise BlockingIOError("max_connections are open")
         try:
             connection, address = super().get_request()
-        except BlockingIOError:
-            raise
-        except OSError as error:  # no more descriptors, mostly
-            if self.rejections.allows():
-                log.error("cannot accept a connection: %s", error.strerror)
-            time.sleep(0.1)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):  # no more descriptors, mostly
+                if self.rejections.allows():
+                    log.error("cannot accept a connection: %s", error.strerror)
+                time.sleep(0.1)
             raise
         self.idle.add(connection)
         self.connections.add(connection)
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a connection to a thread; there are as many as there were connections at once."""
+        """Hand a connection to a thread; `service_actions`, which comes next, starts those needed."""
         self.accepted.put((request, client_address))
-        self.add_threads()
-
-    def add_threads(self) -> None:
-        """Start threads until there is one for each connection."""
-        with contextlib.suppress(RuntimeError):  # no more now: service_actions tries again
-            while self.thread_count < len(self.connections):
-                threading.Thread(target=self.process_requests, daemon=True).start()
-                self.thread_count += 1
 
     def process_requests(self) -> None:
         """Serve one connection after the other, for ever; runs in a thread of its own."""
@@ -2721,8 +2709,11 @@ class WebhookServer(ThreadingHTTPServer):
         log.error("internal error: %r", sys.exc_info()[1], exc_info=True)
 
     def service_actions(self) -> None:
-        """Do what is due several times a second; `serve_forever` calls this."""
-        self.add_threads()
+        """Do what is due after each connection, and every poll interval of `serve_forever`."""
+        with contextlib.suppress(RuntimeError):  # no more threads now: the next call tries again
+            while self.thread_count < len(self.connections):
+                threading.Thread(target=self.process_requests, daemon=True).start()
+                self.thread_count += 1
         beyond = self.rejections.start_second()
         if beyond:
             log.warning("%d more rejections within a second", beyond)
@@ -2798,6 +2789,7 @@ class WebhookServer(ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # those in the listen queue think they are connected
             while True:
                 self.process_request(*self.get_request())
+                self.service_actions()
         self.server_close()
         wait_until(lambda: not self.connections, DRAIN_QUIET_SECONDS)
         for connection in list(self.idle):
@@ -2883,11 +2875,9 @@ RELOAD_SIGNALS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Window
 
 def notify(*lines: str) -> None:
     """Report our state to systemd, if it asks for it (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))  # @: an abstract name
     if not address:
         return
-    if address.startswith("@"):  # an abstract name
-        address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
             messenger.setblocking(False)
