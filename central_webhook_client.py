@@ -2710,7 +2710,7 @@ class WebhookServer(ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Do what is due after each connection, and every poll interval of `serve_forever`."""
-        with contextlib.suppress(RuntimeError):  # no more threads now: the next call tries again
+        with contextlib.suppress(RuntimeError):  # no more threads now: it tries again
             while self.thread_count < len(self.connections):
                 threading.Thread(target=self.process_requests, daemon=True).start()
                 self.thread_count += 1
