@@ -2690,7 +2690,7 @@ class WebhookServer(ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a connection to a thread; `service_actions`, which comes next, starts those needed."""
+        """Hand a connection to a thread; `service_actions`, called next, starts one if needed."""
         self.accepted.put((request, client_address))
 
     def process_requests(self) -> None:
