@@ -1494,10 +1494,7 @@ class Output:
             raise OutputError(f"stdout: {error.strerror}") from None
 
     def reopen_log(self, path: Optional[str]) -> None:
-        """Open the log at `path` unless it is the file that is open; called with the lock held.
-
-        Raises OutputError if it cannot be opened; the old one stays open.
-        """
+        """Open the log at `path` unless it is open. Raises OutputError; the old one stays then."""
         old = self.log_file
         if old and old.path == path:
             with contextlib.suppress(FileNotFoundError):
@@ -2246,7 +2243,6 @@ def diagnose(request: Request, webhooks: Sequence[ActiveWebhook], now: float) ->
 
 # ---- HTTP parsing ---------------------------------------------------------------------------
 
-
 _REQUEST_LINE = re.compile(rf"({FIELD_NAME}) ([!-~]+) HTTP/([0-9]\.[0-9])\r\n".encode())
 _FIELD = re.compile(rf"^({FIELD_NAME}):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 _HOST = re.compile(
@@ -2802,7 +2798,6 @@ class WebhookServer(ThreadingHTTPServer):
 
 # ---- Metrics --------------------------------------------------------------------------------
 
-
 METRICS = {  # name: type, help
     "deliveries_total": ("counter", "Requests by webhook (empty: none is known) and result."),
     "last_accepted_timestamp_seconds": ("gauge", "Time of the last accepted delivery, 0: none."),
@@ -2868,7 +2863,6 @@ class Metrics:
 
 # ---- Signals and systemd --------------------------------------------------------------------
 
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RELOAD_SIGNALS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Windows has none
 
@@ -2887,10 +2881,7 @@ def notify(*lines: str) -> None:
 
 
 def inherited_socket() -> Optional[socket.socket]:
-    """Return the listening socket that systemd has passed (sd_listen_fds(3)), None without one.
-
-    Raises StartError if there is more than one, or it does not listen.
-    """
+    """Return the socket that systemd has passed, if any (sd_listen_fds(3)). Raises StartError."""
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or count in ("", "0"):
         return None
