@@ -1515,7 +1515,7 @@ class Output:
     ) -> None:
         """Open the log; `write_timeout` is in seconds, `render` is for stdout.
 
-        Raises OSError if stdout is closed, OutputError if the log cannot be opened.
+        Raises OutputError if the log cannot be opened, OSError if stdout is closed.
         """
         self.write_timeout = write_timeout
         self.render = render
@@ -1566,7 +1566,7 @@ class Output:
     def write_pending(self, deadline: float) -> None:
         """Write all pending entries; called with the lock held."""
         batch = []
-        with contextlib.suppress(IndexError):
+        with contextlib.suppress(IndexError):  # other threads may add and remove entries meanwhile
             while True:
                 batch.append(self.pending.popleft())
         self.write_deadline = deadline
@@ -1604,7 +1604,7 @@ class Output:
     def write_stdout(self, data: bytes, deadline: float) -> None:
         """Write to stdout; a half line that a stalled reader has taken is ended first.
 
-        Raises OutputError if its reader is gone, or does not take all until `deadline`.
+        Raises OutputError if the reader is gone, or has not taken everything by `deadline`.
         """
         left = memoryview(b"\n" + data if self.stdout_mid_line else data)
         try:
@@ -1621,10 +1621,7 @@ class Output:
             raise OutputError(f"stdout: {error.strerror}") from None
 
     def reopen_log(self, path: Optional[str]) -> None:
-        """Open the log at `path` unless it is the file that is open; called with the lock held.
-
-        Raises OutputError if it cannot be opened; the old one stays open.
-        """
+        """Open the log at `path` unless it is open. Raises OutputError; the old one stays then."""
         old = self.log_file
         if old and old.path == path:
             with contextlib.suppress(FileNotFoundError):
@@ -2443,9 +2440,8 @@ def diagnose_request_line(line: bytes) -> str:
 def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     """Parse header fields and the empty line after them into values by lower-case name.
 
-    Also return the names that are repeated; their values are joined with ", ".
-
-    Raises Refusal: malformed, headers_too_large.
+    Also return the names that are repeated; their values are joined with ", ". Raises Refusal:
+    malformed, headers_too_large.
     """
     text = fields[:-2].decode("latin-1")
     if len(text) > MAX_HEADER_BYTES:
@@ -2455,10 +2451,8 @@ def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
     # space before the colon are read differently by different programs: that is how requests are
     # smuggled past a proxy.
     if len(found) != text.count("\n"):
-        raise Refusal(
-            "malformed",
-            "a header field is malformed: its name, a control character, or a line without CRLF",
-        )
+        detail = "its name, a control character, or a line without CRLF"
+        raise Refusal("malformed", f"a header field is malformed: {detail}")
     if len(found) > MAX_HEADER_FIELDS:
         raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
     lines = [(name.lower(), value.strip(" \t")) for name, value in found]
@@ -2480,9 +2474,8 @@ def parse_body_length(request: Request, max_body_bytes: int) -> Optional[int]:
         codings = {part.strip().lower() for part in coding.split(",")}
         is_repeated = codings <= {"chunked", ""} and coding.lower() != "chunked"
         if length is not None or request.version == "HTTP/1.0" or is_repeated:
-            raise Refusal(
-                "malformed", "Transfer-Encoding repeated, with Content-Length, or in HTTP/1.0"
-            )
+            detail = "repeated, with Content-Length, or in HTTP/1.0"
+            raise Refusal("malformed", f"Transfer-Encoding is {detail}")
         if codings != {"chunked"}:
             raise Refusal("coding", f"Transfer-Encoding is {coding[:40]!r}, expected chunked")
         return None
@@ -2511,15 +2504,13 @@ class DeadlineStream(io.RawIOBase):
     """
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
-        """Set the deadline, in monotonic seconds; it may be changed at any time."""
         super().__init__()
         connection.setblocking(False)
         self.connection = connection
-        self.deadline = deadline
+        self.deadline = deadline  # monotonic seconds; it may be changed at any time
         self.poll = select.poll() if hasattr(select, "poll") else None
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def writable(self) -> bool:
@@ -2568,7 +2559,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
     rfile: io.BufferedReader
 
     def setup(self) -> None:
-        """Read and write through a DeadlineStream. The first request is timed from the connection's start."""
+        """Read and write through a DeadlineStream; the time of the first request starts now."""
         super().setup()
         deadline = time.monotonic() + self.server.config.request_timeout_seconds
         self.stream = DeadlineStream(self.connection, deadline)
@@ -2580,13 +2571,14 @@ class WebhookHandler(BaseHTTPRequestHandler):
         """Read one request, call `do_POST`, `do_GET` or `do_HEAD`, or refuse it."""
         self.parsed = EMPTY_REQUEST
         self.webhooks: Sequence[ActiveWebhook] = ()
+        self.close_connection = True
         try:
-            self.wait_for_request()
-            if self.close_connection:
+            if not self.wait_for_request():
                 return
             self.parse_request()
+            length = parse_body_length(self.parsed, self.server.config.max_body_bytes)
             self.webhooks = self.server.route(self.parsed)
-            self.read_body()
+            self.read_body(length)
             getattr(self, f"do_{self.parsed.method}")()
         except Refusal as refusal:
             self.refuse(refusal)
@@ -2595,28 +2587,23 @@ class WebhookHandler(BaseHTTPRequestHandler):
         finally:
             self.server.idle.add(self.connection)
 
-    def wait_for_request(self) -> None:
-        """Wait for the first byte of a request; set `close_connection` if none comes.
-
-        An empty line before it is passed over (RFC 9112 section 2.2).
-        """
-        self.close_connection = False
-        try:
+    def wait_for_request(self) -> bool:
+        """Wait for the first byte of a request; return False if none comes."""
+        try:  # RFC 9112 section 2.2: empty lines before a request are passed over
             while self.rfile.peek(1)[:1] == b"\r":
                 if self.rfile.read(2) != b"\r\n":
                     raise Refusal("malformed", "a carriage return before the request")
-            self.close_connection = not self.rfile.peek(1)
+            if not self.rfile.peek(1):
+                return False
         except Refusal as refusal:
-            if refusal.reason != "timeout" or self.is_first:
-                raise
-            self.close_connection = True  # idle for too long
-        if self.close_connection:
-            return
+            if refusal.reason == "timeout" and not self.is_first:  # idle for too long
+                return False
+            raise
         self.server.idle.discard(self.connection)
         if not self.is_first:
-            timeout = self.server.config.request_timeout_seconds
-            self.stream.deadline = time.monotonic() + timeout
+            self.stream.deadline = time.monotonic() + self.server.config.request_timeout_seconds
         self.is_first = False
+        return True
 
     def read_line(self) -> bytes:
         """Read a line of a chunked body with its CRLF. Raises Refusal: malformed, timeout."""
@@ -2643,38 +2630,22 @@ class WebhookHandler(BaseHTTPRequestHandler):
             check_incomplete_head(head, start)
 
     def parse_request(self) -> bool:
-        """Read and parse the request line and the header (RFC 9112).
-
-        Raises Refusal: malformed, version, target_too_long, headers_too_large, timeout.
-        """
+        """Read and parse the request line and the header (RFC 9112). Raises Refusal."""
         line, _, fields = self.read_head().partition(b"\r\n")
-        method, path, query, version = parse_request_line(line)
-        self.command = method
-        self.path = path
-        self.request_version = version
-        headers, repeated = parse_fields(fields)
-        self.headers = headers  # type: ignore[assignment]  # by lower-case name
-        self.parsed = Request(method, path, query, version, headers, repeated)
-        host = headers.get("host")
-        is_missing = host is None and version == "HTTP/1.1"
-        if is_missing or "host" in repeated or not _HOST.fullmatch(host or ""):
+        self.parsed = Request(*parse_request_line(line), *parse_fields(fields))
+        host = self.parsed.headers.get("host")
+        is_missing = host is None and self.parsed.version == "HTTP/1.1"
+        if is_missing or "host" in self.parsed.repeated or not _HOST.fullmatch(host or ""):
             raise Refusal("malformed", "Host is missing, malformed or repeated")
-        self.body_length = parse_body_length(self.parsed, self.server.config.max_body_bytes)
         return True
 
-    def read_body(self) -> None:
-        """Read the body of the request, after a 100 Continue if the sender waits for it.
-
-        Raises Refusal: malformed, body_too_large, headers_too_large, timeout.
-        """
-        expect = self.headers.get("expect", "").lower()
-        is_http11 = self.request_version == "HTTP/1.1"
-        if expect == "100-continue" and is_http11 and self.body_length != 0:
+    def read_body(self, length: Optional[int]) -> None:
+        """Read the body (None: chunked), after a 100 Continue if the sender waits for it."""
+        request = self.parsed
+        expect = request.headers.get("expect", "").lower()
+        if expect == "100-continue" and request.version == "HTTP/1.1" and length != 0:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.body_length is None:
-            self.parsed.body = self.read_chunked()
-        else:
-            self.parsed.body = self.read_exactly(self.body_length)
+        request.body = self.read_chunked() if length is None else self.read_exactly(length)
 
     def read_exactly(self, length: int) -> bytes:
         """Read `length` bytes. Raises Refusal: malformed, timeout."""
@@ -2684,10 +2655,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         return data
 
     def read_chunked(self) -> bytes:
-        """Read and decode a chunked body (RFC 9112 section 7.1); trailers are checked and dropped.
-
-        Raises Refusal: malformed, body_too_large, headers_too_large, timeout.
-        """
+        """Read a chunked body (RFC 9112 section 7.1); its trailers are checked and dropped."""
         limit = self.server.config.max_body_bytes
         body = bytearray()
         while True:
@@ -2723,7 +2691,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         webhook, verified = check_webhooks(self.webhooks, request, now)
         self.webhooks = (webhook,)
         config = webhook.config
-        signed_time = self.headers.get(SENT_AT_HEADERS.get(config.type, ""), "")
+        signed_time = request.headers.get(SENT_AT_HEADERS.get(config.type, ""), "")
         check_age(verified.sent_at, signed_time, config.replay_window_seconds, now)
         server.log_old_token(webhook, verified.token_index)
         keys = dedup_keys(config.type, request)
@@ -2743,19 +2711,18 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     def report_not_json(self, webhook: Webhook) -> None:
         """Count and log a body that was stored although it is not JSON."""
-        body = self.parsed.body
-        found = guess_format(body)
+        found = guess_format(self.parsed.body)
         if webhook.type == "ip-fabric" and found.startswith("XML"):
             return
         self.server.metrics.count_not_json(webhook.name)
         if self.server.rejections.allows():
-            size = len(body)
+            size = len(self.parsed.body)
             log.warning("%r: stored %d bytes that are not JSON: %s", webhook.name, size, found)
 
     def do_GET(self) -> None:
         """Answer /health or /metrics."""
         server = self.server
-        if self.path == "/metrics":
+        if self.parsed.path == "/metrics":
             text = server.metrics.render(server.count_in_flight())
             self.send(200, text, "text/plain; version=0.0.4; charset=utf-8")
         elif server.output.is_failing() or server.is_stopping:
@@ -2770,22 +2737,18 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.send(status, json.dumps(answer).encode(), JSON, field)
 
     def send(self, status: int, body: bytes, content_type: str, field: str = "") -> None:
-        """Send an answer in one piece, and decide whether the connection goes on.
-
-        Raises OSError if the sender is gone, or does not read its answer in time.
-        """
+        """Send an answer in one piece; decide whether the connection goes on. Raises OSError."""
         server = self.server
         request = self.parsed
-        options = [
-            option.strip() for option in request.headers.get("connection", "").lower().split(",")
-        ]
+        connection = request.headers.get("connection", "").lower()
+        options = [option.strip() for option in connection.split(",")]
         is_refusal = status >= 400 and status != 401
         self.close_connection = (
             is_refusal
             or "close" in options
             or (request.version == "HTTP/1.0" and "keep-alive" not in options)
             or server.is_stopping
-            or server.is_full()
+            or not server.has_room()
         )
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
@@ -2812,14 +2775,13 @@ class WebhookHandler(BaseHTTPRequestHandler):
             name = self.webhooks[0].config.name
         server.metrics.count(name, refusal.reason, len(request.body))
         if server.rejections.allows():
-            hint = ""
+            receiver = f" for {name!r}" if name else ""
+            text = f"{status} to {self.peer()}{receiver}: {refusal.reason}: {refusal}"
             if refusal.reason == "signature":
                 hint = diagnose(request, self.webhooks, time.time())
-            shown = f" for {name!r}" if name else ""
-            more = f" ({hint})" if hint else ""
-            text = f"{status} to {self.peer()}{shown}: {refusal.reason}: {refusal}{more}"
+                text += f" ({hint})" if hint else ""
             log.warning("%s", text)
-        field = ""
+        field = "Retry-After: 1\r\n" if status == 503 else ""
         if status == 401:
             needs_token = any(webhook.config.oidc for webhook in self.webhooks)
             scheme = "Bearer" if needs_token else "HMAC-SHA256"
@@ -2827,13 +2789,11 @@ class WebhookHandler(BaseHTTPRequestHandler):
         elif status == 405:
             allowed = "GET, HEAD" if request.path in RESERVED_PATHS else "POST"
             field = f"Allow: {allowed}\r\n"
-        elif status == 503:
-            field = "Retry-After: 1\r\n"
         with contextlib.suppress(OSError):  # the sender is gone
             self.reply(status, {"error": HTTPStatus(status).phrase.lower()}, field)
 
     def linger(self) -> None:
-        """Read and drop what still comes, for a while: closing with unread data loses the answer."""
+        """Read and drop what comes for a while: closing with unread data loses the answer."""
         self.server.idle.add(self.connection)
         with contextlib.suppress(OSError, Refusal):
             self.connection.shutdown(socket.SHUT_WR)
@@ -2843,8 +2803,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     def peer(self) -> str:
         """Return who sent the request: the last of X-Forwarded-For if a trusted proxy did."""
-        address = str(self.client_address[0]) if self.client_address else ""
-        if address:  # it is empty for a Unix socket
+        address = str(self.client_address[0]) if self.client_address else ""  # a Unix socket
+        if address:
             parsed = ipaddress.ip_address(address.partition("%")[0])
             parsed = getattr(parsed, "ipv4_mapped", None) or parsed
             if not any(parsed in network for network in self.server.config.trusted_proxies):
@@ -2856,10 +2816,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
 def parse_forwarded_address(text: str) -> str:
     """Return the address of `a`, `a:port`, `[v6]` or `[v6]:port`; "" if it is none of these."""
     match = re.fullmatch(r"\[([^\]]+)\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)", text)
-    if not match:
-        return ""
     try:
-        return str(ipaddress.ip_address(match[1] or match[2] or match[3]))
+        return str(ipaddress.ip_address(match[1] or match[2] or match[3])) if match else ""
     except ValueError:
         return ""
 
@@ -2881,16 +2839,13 @@ def listen_on(host: str, port: int) -> socket.socket:
 
 
 class WebhookServer(ThreadingHTTPServer):
-    """Serves each connection in a thread, and reuses the threads.
+    """Serves each connection in a thread; there are as many as there were connections at once.
 
-    At most `max_connections` are open at once; more wait in the listen queue. `connections` holds
-    the open ones and `idle` those of them that wait for a request or for their end.
+    At most `max_connections` are open; more wait in the listen queue. `connections` holds the open
+    ones and `idle` those of them that wait for a request or for their end.
     """
 
-    daemon_threads = True
-
     def __init__(self, config: Config, output: Output, listener: socket.socket) -> None:
-        """Serve on a listening socket; `handle_alert` is used as it is set now."""
         super().__init__(listener.getsockname(), WebhookHandler, bind_and_activate=False)
         self.socket.close()  # the base made one, but its way to bind looks up the host's name
         self.socket = listener
@@ -2906,46 +2861,34 @@ class WebhookServer(ThreadingHTTPServer):
         self.date = email.utils.formatdate(usegmt=True)  # made once for many answers
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()
-        self.changed = threading.Condition()  # guards `connections`
         self.accepted: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread_count = 0
         # What the main thread waits for: numbers of signals, or None if stdout is gone.
         self.events: queue.SimpleQueue[Optional[int]] = queue.SimpleQueue()
 
-    def is_full(self) -> bool:
-        """Return True if another connection would have to wait."""
-        return len(self.connections) >= self.config.max_connections
+    def has_room(self) -> bool:
+        """Return True if another connection need not wait."""
+        return len(self.connections) < self.config.max_connections
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection. Raises OSError if there is no place for now: `serve_forever` retries."""
-        with self.changed:
-            if not self.changed.wait_for(lambda: not self.is_full(), 0.1):
-                raise BlockingIOError("max_connections are open")
+        """Accept a connection. Raises OSError without a place for it: `serve_forever` retries."""
+        if not wait_until(self.has_room, 0.1):
+            raise BlockingIOError("max_connections are open")
         try:
             connection, address = super().get_request()
-        except BlockingIOError:
-            raise
-        except OSError as error:  # no more descriptors, mostly
-            if self.rejections.allows():
-                log.error("cannot accept a connection: %s", error.strerror)
-            time.sleep(0.1)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):  # no more descriptors, mostly
+                if self.rejections.allows():
+                    log.error("cannot accept a connection: %s", error.strerror)
+                time.sleep(0.1)
             raise
         self.idle.add(connection)
-        with self.changed:
-            self.connections.add(connection)
+        self.connections.add(connection)
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a connection to a thread; there are as many as there were connections at once."""
+        """Hand a connection to a thread; `service_actions`, called next, starts one if needed."""
         self.accepted.put((request, client_address))
-        self.add_threads()
-
-    def add_threads(self) -> None:
-        """Start threads until there is one for each connection."""
-        with contextlib.suppress(RuntimeError):  # no more threads now: service_actions tries again
-            while self.thread_count < len(self.connections):
-                threading.Thread(target=self.process_requests, daemon=True).start()
-                self.thread_count += 1
 
     def process_requests(self) -> None:
         """Serve one connection after the other, for ever; runs in a thread of its own."""
@@ -2956,18 +2899,19 @@ class WebhookServer(ThreadingHTTPServer):
         """Close a connection, and make its place free."""
         super().shutdown_request(request)
         self.idle.discard(request)
-        with self.changed:
-            self.connections.discard(request)
-            self.changed.notify_all()
+        self.connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a bug of ours: no input of a sender may get here."""
         log.error("internal error: %r", sys.exc_info()[1], exc_info=True)
 
     def service_actions(self) -> None:
-        """Do what is due several times a second; `serve_forever` calls this."""
+        """Do what is due after each connection, and every poll interval of `serve_forever`."""
         self.date = email.utils.formatdate(usegmt=True)
-        self.add_threads()
+        with contextlib.suppress(RuntimeError):  # no more threads now: it tries again
+            while self.thread_count < len(self.connections):
+                threading.Thread(target=self.process_requests, daemon=True).start()
+                self.thread_count += 1
         beyond = self.rejections.start_second()
         if beyond:
             log.warning("%d more rejections within a second", beyond)
@@ -2979,42 +2923,31 @@ class WebhookServer(ThreadingHTTPServer):
         return max(0, len(self.connections) - len(self.idle))
 
     def route(self, request: Request) -> Sequence[ActiveWebhook]:
-        """Return the webhooks that a request may be for; none for a path of the receiver itself.
-
-        Raises Refusal: not_found, method.
-        """
+        """Return the webhooks that a request may be for; none for a path of the receiver itself."""
         path = request.path
         is_reserved = path in RESERVED_PATHS
-        webhooks = []
-        if not is_reserved:
-            webhooks = [one for one in self.webhooks if one.config.path in (None, path)]
-            if not webhooks:
-                raise Refusal("not_found", f"no webhook at {path[:200]!r}")
+        webhooks = [one for one in self.webhooks if one.config.path in (None, path)]
+        if not webhooks and not is_reserved:
+            raise Refusal("not_found", f"no webhook at {path[:200]!r}")
         if request.method not in (("GET", "HEAD") if is_reserved else ("POST",)):
             raise Refusal("method", f"{request.method[:20]} on {path[:200]!r}")
-        return webhooks
+        return [] if is_reserved else webhooks
 
     def log_old_token(self, webhook: ActiveWebhook, token_index: int) -> None:
         """Log that a token other than the first is still in use, at most once a minute."""
-        if not token_index:
-            return
         now = time.monotonic()
-        if now - webhook.old_tokens_logged.get(token_index, -1e9) > 60:
+        if token_index and now - webhook.old_tokens_logged.get(token_index, -math.inf) > 60:
             webhook.old_tokens_logged[token_index] = now
-            count = len(webhook.config.tokens)
-            name = webhook.config.name
-            log.info("webhook %r: token %d of %d still matches", name, token_index + 1, count)
+            position = f"{token_index + 1} of {len(webhook.config.tokens)}"
+            log.info("webhook %r: token %s still matches", webhook.config.name, position)
 
     def restore(self, webhooks: Sequence[ActiveWebhook]) -> None:
         """Restore the replay caches of webhooks from the log. Raises OutputError."""
         log_file = self.output.log_file
-        caches = {
-            webhook.config.name: webhook.replay_cache
-            for webhook in webhooks
-            if webhook.config.type not in NO_DEDUP
-        }
-        if log_file and caches:
-            windows = [webhook.config.replay_window_seconds for webhook in webhooks]
+        webhooks = [one for one in webhooks if one.config.type not in NO_DEDUP]
+        if log_file and webhooks:
+            caches = {one.config.name: one.replay_cache for one in webhooks}
+            windows = [one.config.replay_window_seconds for one in webhooks]
             window = max(windows) if all(windows) else 0
             restore_replay_caches(log_file.path, caches, window, time.time())
 
@@ -3025,7 +2958,6 @@ class WebhookServer(ThreadingHTTPServer):
         """
         if (config.host, config.port) != (self.config.host, self.config.port):
             log.warning("host and port change with a restart only")
-        is_same_log = config.log_file == self.config.log_file
         self.output.reload(config.log_file, config.request_timeout_seconds)
         before = {(one.config.name, one.config.type): one for one in self.webhooks}
         webhooks = []
@@ -3036,14 +2968,17 @@ class WebhookServer(ThreadingHTTPServer):
             if old:
                 webhook.replay_cache = old.replay_cache
                 former = [*old.config.tokens, *old.former_tokens]
-                former = [token for token in former if token not in found.tokens]
-                webhook.former_tokens = tuple(former[:4])
+                webhook.former_tokens = tuple(one for one in former if one not in found.tokens)[:4]
                 if found.oidc == old.config.oidc:
                     webhook.jwks_client = old.jwks_client
-            if not old or not is_same_log:
+            if not old or config.log_file != self.config.log_file:
                 unknown.append(webhook)
             webhooks.append(webhook)
-        self.restore(unknown)
+        try:
+            self.restore(unknown)
+        except OutputError:
+            self.output.reload(self.config.log_file, self.config.request_timeout_seconds)
+            raise
         self.metrics.add_webhooks(webhook.name for webhook in config.webhooks)
         self.config = replace(config, host=self.config.host, port=self.config.port)
         self.webhooks = tuple(webhooks)
@@ -3056,6 +2991,7 @@ class WebhookServer(ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # those in the listen queue think they are connected
             while True:
                 self.process_request(*self.get_request())
+                self.service_actions()
         self.server_close()
         wait_until(lambda: not self.connections, DRAIN_QUIET_SECONDS)
         for connection in list(self.idle):
@@ -3067,7 +3003,6 @@ class WebhookServer(ThreadingHTTPServer):
 
 
 # ---- Metrics --------------------------------------------------------------------------------
-
 
 METRICS = {  # name: type, help
     "deliveries_total": ("counter", "Requests by webhook (empty: none is known) and result."),
@@ -3083,7 +3018,6 @@ class Metrics:
     """Metrics in the text format of Prometheus; no label comes from a sender. Thread-safe."""
 
     def __init__(self, webhooks: Iterable[str]) -> None:
-        """Set all series of these webhooks to 0."""
         self.lock = threading.Lock()
         # By metric and the values of its labels, the first ones of METRIC_LABELS.
         self.series: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in METRICS}
@@ -3138,12 +3072,10 @@ RELOAD_SIGNALS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Window
 
 
 def notify(*lines: str) -> None:
-    """Tell systemd about our state, if it asks for it (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    """Report our state to systemd, if it asks for it (sd_notify(3))."""
+    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))  # @: an abstract name
     if not address:
         return
-    if address.startswith("@"):  # an abstract name
-        address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
             messenger.setblocking(False)
@@ -3153,16 +3085,12 @@ def notify(*lines: str) -> None:
 
 
 def inherited_socket() -> Optional[socket.socket]:
-    """Return the listening socket that systemd has passed (sd_listen_fds(3)), None without one.
-
-    Raises StartError if there is more than one, or it does not listen.
-    """
+    """Return the socket that systemd has passed, if any (sd_listen_fds(3)). Raises StartError."""
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or count in ("", "0"):
         return None
     if count != "1":
-        advice = "use a single ListenStream= line"
-        raise StartError(f"LISTEN_FDS: expected one inherited socket, found {count}: {advice}")
+        raise StartError(f"LISTEN_FDS: expected 1, found {count}: use a single ListenStream= line")
     inherited = socket.socket(fileno=3)
     if not inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise StartError("LISTEN_FDS: the inherited socket does not listen")
@@ -3175,8 +3103,7 @@ def reload_config(server: WebhookServer, path: str) -> None:
     try:
         config = load_config(path)
         server.reload(config)
-        names = ", ".join(webhook.name for webhook in config.webhooks)
-        log.info("configuration reloaded: %s", names)
+        log.info("configuration reloaded: %s", ", ".join(one.name for one in config.webhooks))
     except (ConfigError, OutputError) as error:
         for text in error.args:
             log.error("configuration not reloaded, the old one stays: %s: %s", path, text)
@@ -3198,8 +3125,7 @@ def serve(server: WebhookServer, path: str) -> int:
 
     for number in (*STOP_SIGNALS, *RELOAD_SIGNALS):
         signal.signal(number, on_signal)
-    thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     notify("READY=1")
     while True:
         try:
@@ -3323,7 +3249,7 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
 
 
 def run_demo(render: Callable[[Delivery], str]) -> int:
-    """Start a receiver on a free port, send it signed samples and a forged one, show the answers."""
+    """Start a receiver on a free port, send it samples and a forged one, show the answers."""
     settings = {
         "webclient_info": {"host": "localhost", "port": 0},
         "central_info": {"webhook": {"name": "demo", "token": os.urandom(15).hex()}},
