@@ -198,6 +198,8 @@ class Statuses(Served):
                     PATH.encode(), PATH.encode() + b"\xe9"
                 ),
                 "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40) + b"\r\n\r\n",
+                "the PROXY protocol, version 1": b"PROXY TCP4 192.0.2.7 192.0.2.8 5 80\r\n" + request,
+                "the PROXY protocol, version 2": b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + bytes(12),
                 "no colon": with_lines(b"X-Header"),
                 "an empty name": with_lines(b": value"),
                 "white space before the colon": with_lines(b"X-Header : value"),
