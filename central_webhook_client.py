@@ -256,8 +256,10 @@ def post_to_slack(delivery: Delivery) -> None:
     An example, for Slack and Mattermost. Set `handle_alert = post_to_slack` to use it.
     """
     alert = summarize(delivery.payload)
-    text = f"{alert.state} {alert.severity}: {alert.name} {alert.device} {alert.description}"
-    message = {"text": html.escape(f"[{delivery.webhook}] {text}", quote=False)}
+    state = alert.state.upper()  # so that Open and Close do not look alike
+    text = f"{state} {alert.severity}: {alert.name} {alert.device} {alert.description}"
+    text = html.escape(f"[{delivery.webhook}] {text}", quote=False)
+    message = {"text": text.replace("@", "@\u200b")}  # @channel would call everybody
     headers = {"Content-Type": JSON}
     request = urllib.request.Request(os.environ["CHAT_URL"], json.dumps(message).encode(), headers)
     urllib.request.urlopen(request, timeout=10).close()

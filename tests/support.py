@@ -19,12 +19,25 @@ import sys
 import tempfile
 import threading
 import time
+import unittest
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
 PROGRAM = TOP / "central_webhook_client.py"
 TOKEN = "webhook-secret-token"
 PATH = "/centralwebhook"
+OK = {"status": "ok"}
+DUPLICATE = {"status": "duplicate"}
+
+try:  # three hundred connections need more descriptors than some systems give
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < 2048:
+        wanted = 2048 if hard == resource.RLIM_INFINITY else min(2048, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+except ImportError:  # Windows
+    resource = None
 
 
 def deadline_poll(condition, seconds=10.0, message="it did not happen in time"):
@@ -101,6 +114,15 @@ def raw_request(
         pairs.append(("Content-Length", str(len(body))))
     lines = [f"{method} {path} {version}", *(f"{name}: {value}" for name, value in pairs), "", ""]
     return "\r\n".join(lines).encode("latin-1") + body
+
+
+HEALTH = raw_request("GET", "/health", length=False)
+
+
+def good(body=None, **request):
+    """Return a request that is answered with 200."""
+    body = new_body() if body is None else body
+    return raw_request(headers=central_headers(body), body=body, **request)
 
 
 class Answer:
@@ -330,3 +352,66 @@ def captured_stderr():
             sys.stderr.flush()
             os.dup2(saved, 2)
             os.close(saved)
+
+
+SHARED = []  # one receiver, with room and time enough, for all classes that need nothing special
+
+
+def share_receiver():
+    """Start the shared receiver; meant as the `setUpModule` of a module that uses `ServedTest`."""
+    SHARED.append(Receiver(config_of(max_connections=512, request_timeout_seconds=20)).__enter__())
+    unittest.addModuleCleanup(lambda: SHARED.pop().__exit__())
+
+
+class ServedTest(unittest.TestCase):
+    """One receiver for a whole class, or for all, and whatever it is sent, no traceback."""
+
+    config = None
+
+    @classmethod
+    def setUpClass(cls):
+        if cls.config is None:
+            cls.receiver = SHARED[0]
+        else:
+            cls.receiver = Receiver(cls.config).__enter__()
+            cls.addClassCleanup(cls.receiver.__exit__)
+
+    def setUp(self):
+        self.addCleanup(self.assert_sound)
+
+    def assert_sound(self):
+        self.assertIsNone(self.receiver.process.poll())
+        for line in list(self.receiver.stderr_lines):
+            self.assertNotRegex(line, r"Traceback|internal error| ERROR |^\s")
+
+    def assert_reply(self, answer, status, head_only=False):
+        """Check what is true of every reply."""
+        self.assertEqual(answer.status, status)
+        self.assertNotIn("server", answer.headers)
+        self.assertTrue(answer.headers["content-length"].isdigit())
+        if not head_only:
+            self.assertEqual(answer.headers["content-type"].partition(";")[0], "application/json")
+            self.assertEqual(list(answer.json), ["status"] if status == 200 else ["error"])
+            if status == 401:
+                self.assertEqual(answer.json, {"error": "unauthorized"})
+        self.assertEqual("www-authenticate" in answer.headers, status == 401)
+        self.assertEqual("allow" in answer.headers, status == 405)
+
+    def assert_status(self, raw, status):
+        """Send a request whole; after 200 and 401 the connection goes on, after all others it is closed."""
+        with self.receiver.connect() as connection:
+            connection.send(raw)
+            answer = connection.read()
+            self.assert_reply(answer, status)
+            if status in (200, 401):
+                self.assertNotEqual(answer.headers.get("connection"), "close")
+                connection.send(good())
+                self.assert_reply(connection.read(), 200)
+            else:
+                self.assertEqual(answer.headers.get("connection"), "close")
+                self.assertTrue(connection.is_closed())
+
+    def assert_statuses(self, table, status):
+        for what, raw in table.items():
+            with self.subTest(what):
+                self.assert_status(raw, status)

@@ -283,13 +283,15 @@ class Mistakes(Called):
             for kind in ("central", "ip-fabric", "bracken", "entrupy")
         ]
         table.append((key, hook(public_url=url)))
+        url = "https://central.example.com/health"
+        table.append((f"{HOOK}.path", new_central(public_url=url, path=NOTHING)))
         self.assert_mistakes(table)
 
     def test_of_api_key(self):
         key = f"{HOOK}.api_key"
         table = [
             (f"{key}.value", api_key(value=value))
-            for value in (NOTHING, "", 5, None, [], [""], "<key>", f" {SECRET}")
+            for value in (NOTHING, "", 5, None, [], [""], "<key>", f" {SECRET}", "a\nb")
         ]
         table += [
             (f"{key}.header", api_key(header=value))

@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import hmac
-import json
 import re
-import select
 import socket
 import struct
 import threading
 import time
 import unittest
 
+import central_webhook_client as product
 from tests.support import (
     PATH,
-    TOKEN,
     Receiver,
+    ServedTest,
     central_headers,
     config_of,
     deadline_poll,
+    good,
     new_body,
     now_stamp,
     raw_request,
+    share_receiver,
 )
 
-with contextlib.suppress(
-    ImportError
-):  # three hundred connections need more descriptors than some systems give
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < 2048:
-        wanted = 2048 if hard == resource.RLIM_INFINITY else min(2048, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def good(body=None, **request):
-    """Return a request that is answered with 200."""
-    body = new_body() if body is None else body
-    return raw_request(headers=central_headers(body), body=body, **request)
+setUpModule = share_receiver
 
 
 def with_lines(*lines, body=None, length=True):
@@ -69,72 +54,10 @@ def chunks(body, size):
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
-SHARED = []  # one receiver, with room and time enough, for all classes that need nothing special
-
-
-def setUpModule():
-    SHARED.append(Receiver(config_of(max_connections=512, request_timeout_seconds=20)).__enter__())
-    unittest.addModuleCleanup(lambda: SHARED.pop().__exit__())
-
-
-class Served(unittest.TestCase):
-    """One receiver for a whole class, or for all, and whatever it is sent, no traceback."""
-
-    config = None
-
-    @classmethod
-    def setUpClass(cls):
-        if cls.config is None:
-            cls.receiver = SHARED[0]
-        else:
-            cls.receiver = Receiver(cls.config).__enter__()
-            cls.addClassCleanup(cls.receiver.__exit__)
-
-    def setUp(self):
-        self.addCleanup(self.assert_sound)
-
-    def assert_sound(self):
-        self.assertIsNone(self.receiver.process.poll())
-        for line in list(self.receiver.stderr_lines):
-            self.assertNotRegex(line, r"Traceback|internal error| ERROR |^\s")
-
-    def assert_reply(self, answer, status, head_only=False):
-        """Check what is true of every reply."""
-        self.assertEqual(answer.status, status)
-        self.assertNotIn("server", answer.headers)
-        self.assertTrue(answer.headers["content-length"].isdigit())
-        if not head_only:
-            self.assertEqual(answer.headers["content-type"].partition(";")[0], "application/json")
-            self.assertEqual(list(answer.json), ["status"] if status == 200 else ["error"])
-            if status == 401:
-                self.assertEqual(answer.json, {"error": "unauthorized"})
-        self.assertEqual("www-authenticate" in answer.headers, status == 401)
-        self.assertEqual("allow" in answer.headers, status == 405)
-
-    def assert_status(self, raw, status):
-        """Send a request whole; after 200 and 401 the connection goes on, after all others it is closed."""
-        with self.receiver.connect() as connection:
-            connection.send(raw)
-            answer = connection.read()
-            self.assert_reply(answer, status)
-            if status in (200, 401):
-                self.assertNotEqual(answer.headers.get("connection"), "close")
-                connection.send(good())
-                self.assert_reply(connection.read(), 200)
-            else:
-                self.assertEqual(answer.headers.get("connection"), "close")
-                self.assertTrue(connection.is_closed())
-
-    def assert_statuses(self, table, status):
-        for what, raw in table.items():
-            with self.subTest(what):
-                self.assert_status(raw, status)
-
-
 # ---- One request and its status ---------------------------------------------------
 
 
-class Statuses(Served):
+class Statuses(ServedTest):
     def test_good_requests(self):
         body = new_body()
         headers = central_headers(body)
@@ -198,7 +121,8 @@ class Statuses(Served):
                     PATH.encode(), PATH.encode() + b"\xe9"
                 ),
                 "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40) + b"\r\n\r\n",
-                "the PROXY protocol, version 1": b"PROXY TCP4 192.0.2.7 192.0.2.8 5 80\r\n" + request,
+                "the PROXY protocol, version 1": b"PROXY TCP4 192.0.2.7 192.0.2.8 5 80\r\n"
+                + request,
                 "the PROXY protocol, version 2": b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + bytes(12),
                 "no colon": with_lines(b"X-Header"),
                 "an empty name": with_lines(b": value"),
@@ -447,7 +371,7 @@ class Statuses(Served):
 # ---- The same bytes in other pieces ---------------------------------------------------
 
 
-class Pieces(Served):
+class Pieces(ServedTest):
     def test_byte_by_byte(self):
         body = new_body()
         for what, raw, status in (
@@ -540,7 +464,7 @@ class Pieces(Served):
 # ---- Bodies --------------------------------------------------------------------------------
 
 
-class Bodies(Served):
+class Bodies(ServedTest):
     def padded(self, size):
         body = new_body()
         return body[:-1] + b" " * (size - len(body)) + b"}"
@@ -709,7 +633,7 @@ class Bodies(Served):
 # ---- Expect: 100-continue ----------------------------------------------------------------
 
 
-class Expect(Served):
+class Expect(ServedTest):
     EXPECT = b"Expect: 100-continue"
 
     def test_100_comes_before_the_body(self):
@@ -766,7 +690,7 @@ class Expect(Served):
 # ---- Connections ---------------------------------------------------------------------------
 
 
-class Connections(Served):
+class Connections(ServedTest):
     def test_http_1_1_keeps_the_connection_unless_told_otherwise(self):
         for lines, closes in (
             ([], False),
@@ -870,53 +794,7 @@ class Connections(Served):
                 self.assertNotIn("python", value.lower())
 
 
-class Limits(Served):
-    config = config_of(max_connections=4)
-
-    def test_too_many_connections_wait_until_there_is_a_place(self):
-        with contextlib.ExitStack() as stack:
-            held = [stack.enter_context(self.receiver.connect()) for _ in range(4)]
-            requests = [good() for _ in held]
-            for connection, request in zip(held, requests):
-                connection.send(request[:-1])
-            waiting = [stack.enter_context(self.receiver.connect()) for _ in range(20)]
-            for connection in waiting:
-                connection.send(good())
-            self.assertFalse(select.select([one.socket for one in waiting], [], [], 0.3)[0])
-            for connection, request in zip(held, requests):  # they are served, and make room
-                connection.send(request[-1:])
-                self.assert_reply(connection.read(), 200)
-            for connection in waiting:
-                self.assert_reply(connection.read(), 200)
-
-    def test_idle_connections_keep_nobody_waiting(self):
-        with contextlib.ExitStack() as stack:
-            for _ in range(12):
-                connection = stack.enter_context(self.receiver.connect())
-                connection.send(good())
-                self.assert_reply(connection.read(), 200)
-
-
-class Crowd(Served):
-    def test_three_hundred_connections_at_once_are_all_answered(self):
-        def crowd():
-            return [line for line in list(self.receiver.stdout_lines) if '"crowd"' in line]
-
-        with contextlib.ExitStack() as stack:
-            connections = [stack.enter_context(self.receiver.connect(30)) for _ in range(300)]
-            for connection in connections:
-                connection.send(good(new_body(crowd=True)))
-            for connection in connections:
-                self.assertEqual(connection.read().status, 200)
-            for connection in connections[::10]:
-                connection.send(good(new_body(crowd=True)))
-                self.assertEqual(connection.read().status, 200)
-        deadline_poll(lambda: len(crowd()) >= 330)
-        numbers = {json.loads(line)["alert"]["number"] for line in crowd()}
-        self.assertEqual((len(crowd()), len(numbers)), (330, 330))
-
-
-class Timeouts(Served):
+class Timeouts(ServedTest):
     LIMIT = 0.25  # seconds
     config = config_of(request_timeout_seconds=LIMIT)
 
@@ -1018,331 +896,52 @@ def series(receiver):
     return {name: float(value) for name, value in pairs}
 
 
-class Metrics(Served):
-    config = config_of(
-        webhook=[
-            {"name": "first", "path": "/first", "token": TOKEN},
-            {"name": 'a "quote" \\ back', "path": "/second", "token": TOKEN},
-        ]
-    )
-
-    def found(self, found, *labels):
-        """Return the one series with these in its name."""
-        names = [name for name in found if all(label in name for label in labels)]
-        self.assertEqual(len(names), 1, (labels, names))
-        return found[names[0]]
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.at_start = series(cls.receiver)
-
-    def test_all_series_exist_at_0_from_the_start_and_no_sender_adds_one(self):
-        for name, value in self.at_start.items():
-            self.assertLessEqual(value, 1 if "flight" in name else 0, name)
-        start = series(self.receiver)
-        self.assertEqual(set(start), set(self.at_start))
-        for result in ("accepted", "duplicate", "signature", "stale"):
-            self.found(start, 'webhook="first"', f'"{result}"')
-            self.found(start, r'webhook="a \"quote\" \\ back"', f'"{result}"')
-        body = new_body()
-        raw = good(body, path="/first")
-        stale = raw_request(
-            path="/first", headers=central_headers(body, timestamp=now_stamp(-(10**6))), body=body
-        )
-        for request in (
-            raw,
-            raw,
-            stale,
-            good(path="/second"),
-            good(path="/evil-label"),
-            good(path="/first", method="EVILMETHOD"),
-            raw_request(path="/first", headers={"X-Evil": "evil"}, body=b"forged"),
-            with_lines(b"X-Evil : x"),
-            good(version="HTTP/2.0"),
-            raw_request(path="/first", length=False),
-            raw_request(path="/first", headers={"Content-Length": "9" * 12}, length=False),
-            raw_request(path="/first", headers={"Transfer-Encoding": "evil"}, length=False),
-            b"x" * 9000,
-            with_lines(b"X-Evil: " + b"x" * 70000),
-        ):
-            self.receiver.request(request)
-        end = series(self.receiver)
-        self.assertEqual(set(start), set(end))
-        self.assertFalse([name for name in end if "evil" in name.lower()])
-        for result, expected in (("accepted", 1), ("duplicate", 1), ("stale", 1), ("signature", 1)):
-            with self.subTest(result):
-                labels = 'webhook="first"', f'"{result}"'
-                self.assertEqual(self.found(end, *labels) - self.found(start, *labels), expected)
-        self.assertEqual(self.found(end, 'webhook="a', '"accepted"'), 1)
-        moved = {name for name in end if end[name] > start[name]}
-        for status_reason in (
-            "not_found",
-            "method",
-            "malformed",
-            "version",
-            "length",
-            "large",
-            "long",
-            "coding",
-        ):
-            with self.subTest(status_reason):
-                self.assertTrue([name for name in moved if status_reason in name], moved)
-
-    def test_the_bytes_and_the_time_of_the_last_delivery_are_there(self):
-        body = new_body()
-        before, start = time.time(), series(self.receiver)
-        self.assertEqual(self.receiver.request(good(body, path="/first")).status, 200)
-        end = series(self.receiver)
-        moved = {name: value - start[name] for name, value in end.items() if value > start[name]}
-        self.assertEqual([value for name, value in moved.items() if "bytes" in name], [len(body)])
-        times = [name for name in moved if end[name] > 10**9]
-        self.assertEqual(len(times), 1, times)
-        self.assertIn('webhook="first"', times[0])
-        self.assertTrue(before - 1 <= end[times[0]] <= time.time() + 1)
-
-    def test_requests_in_flight_are_a_gauge(self):
-        with self.receiver.connect() as connection:
-            flight = [name for name in series(self.receiver) if "flight" in name]
-            self.assertEqual(len(flight), 1)
-            before = series(self.receiver)[flight[0]]
-            connection.send(good(path="/first")[:-1])
-            deadline_poll(lambda: series(self.receiver)[flight[0]] == before + 1)
-        deadline_poll(lambda: series(self.receiver)[flight[0]] == before)
-
-    def test_head_has_no_body(self):
-        with self.receiver.connect() as connection:
-            connection.send(raw_request("HEAD", "/metrics", length=False) + good(path="/first"))
-            self.assertEqual(connection.read(head_only=True).status, 200)
-            self.assertEqual(connection.read().status, 200)
-
-
 # ---- Webhooks, paths, tokens -----------------------------------------------------------------
-
-
-class Webhooks(Served):
-    config = config_of(
-        webhook=[
-            {"name": "one", "path": "/shared", "token": "token-1"},
-            {"name": "two", "path": "/shared", "token": ["token-2", "token-2-old"]},
-            {"name": "fabric", "path": "/shared", "type": "ip-fabric", "token": "token-3"},
-            {"name": "alone", "path": "/alone", "token": "token-4"},
-            {"name": "strange", "path": "/a/%2f!$&'()*+,;=:@~", "token": "token-5"},
-            {
-                "name": "half an hour",
-                "path": "/half-an-hour",
-                "token": "token-6",
-                "replay_window_hours": 0.5,
-            },
-            {"name": "any path, any age", "token": TOKEN, "replay_window_hours": 0},
-        ],
-        max_body_bytes=100,
-    )
-
-    def named(self, body, headers, path):
-        """Deliver; return the webhook that is named on stdout."""
-        answer = self.receiver.post(body, headers, path)
-        self.assert_reply(answer, 200)
-        lines = deadline_poll(
-            lambda: [one for one in self.receiver.stdout_lines if body.decode() in one]
-        )
-        return json.loads(lines[0])["webhook"]
-
-    def test_the_webhook_whose_checks_pass_names_the_delivery(self):
-        for token, path, name in (
-            ("token-1", "/shared", "one"),
-            ("token-2", "/shared", "two"),
-            ("token-2-old", "/shared", "two"),
-            ("token-4", "/alone", "alone"),
-            ("token-5", "/a/%2f!$&'()*+,;=:@~", "strange"),
-        ):
-            body = new_body()
-            with self.subTest(name, token=token):
-                self.assertEqual(self.named(body, central_headers(body, token=token), path), name)
-
-    def test_senders_of_different_types_may_share_a_path(self):
-        body = new_body()
-        digest = hmac.new(b"token-3", body, hashlib.sha256).hexdigest()
-        self.assertEqual(self.named(body, {"X-IPF-Signature": digest}, "/shared"), "fabric")
-
-    def test_a_token_is_valid_on_its_own_path_only(self):
-        for token, path in (("token-1", "/alone"), ("token-4", "/shared"), ("token-5", "/alone")):
-            body = new_body()
-            self.assert_reply(
-                self.receiver.post(body, central_headers(body, token=token), path), 401
-            )
-
-    def test_each_webhook_has_its_own_memory(self):
-        body = new_body()
-        for token, path in (("token-1", "/shared"), ("token-4", "/alone")):
-            answer = self.receiver.post(
-                body, central_headers(body, token=token, delivery_id="same"), path
-            )
-            self.assertEqual(answer.json, {"status": "ok"})
-
-    def test_a_webhook_without_a_path_takes_any_but_our_own(self):
-        for path in ("/", "/centralwebhook", "/a/b/c", "/healthz", "/x?y=z"):
-            with self.subTest(path):
-                self.assert_status(good(path=path), 200)
-                self.assert_status(raw_request("GET", path, length=False), 405)
-        for path in ("/health", "/metrics"):
-            with self.subTest(path):
-                self.assert_status(good(path=path), 405)
-                self.assertEqual(
-                    self.receiver.request(raw_request("GET", path, length=False)).status, 200
-                )
-
-    def test_with_a_window_of_0_the_time_is_not_looked_at(self):
-        for stamp in (
-            now_stamp(-(10**8)),
-            now_stamp(10**8),
-            "yesterday",
-            "0",
-            "2016-99-99T00:00:00Z",
-        ):
-            body = new_body()
-            with self.subTest(stamp):
-                self.assert_status(
-                    raw_request(headers=central_headers(body, timestamp=stamp), body=body), 200
-                )
-
-    def test_the_window_can_be_configured(self):
-        for minutes, status in ((-29, 200), (-31, 401), (14, 200), (16, 401)):
-            body = new_body()
-            headers = central_headers(body, "token-6", timestamp=now_stamp(minutes * 60))
-            with self.subTest(minutes):
-                self.assertEqual(self.receiver.post(body, headers, "/half-an-hour").status, status)
-
-    def test_a_smaller_limit_can_be_configured(self):
-        for size, status in ((100, 200), (101, 413)):
-            body = b"x" * size
-            self.assertEqual(self.receiver.request(good(body)).status, status)
-            longer = body + b"y"
-            self.assertEqual(self.receiver.request(chunked(chunks(longer, 30), longer)).status, 413)
-            body = b"y" * size
-            self.assertEqual(self.receiver.request(chunked(chunks(body, 30), body)).status, status)
 
 
 # ---- Recent and new --------------------------------------------------------------------------
 
 
-class RecentAndNew(Served):
-    def status(self, body, headers):
-        answer = self.receiver.post(body, headers)
-        return answer.json["status"] if answer.status == 200 else answer.status
+class LineEnds(unittest.TestCase):
+    def test_a_line_end_after_a_request_is_no_request(self):
+        with Receiver(config_of(request_timeout_seconds=0.2)) as receiver:
+            ends = {
+                b"\r\n": b"",
+                b"\r\n\r\n": b"",
+                b"\r": b"\n",
+            }  # and what goes before the next request
+            with contextlib.ExitStack() as stack:
+                connections = [stack.enter_context(receiver.connect()) for _ in ends]
+                for connection, end in zip(connections, ends):
+                    connection.send(good() + end)
+                    self.assertEqual(connection.read().status, 200)
+                time.sleep(0.4)  # more than a request may take
+                for connection, (end, rest) in zip(connections, ends.items()):
+                    with self.subTest(end):
+                        connection.send(rest + good())
+                        self.assertEqual(connection.read().status, 200)
+            self.assertEqual(receiver.post(new_body(), {}, PATH).status, 401)
+            receiver.wait_for_log("WARNING")
+            self.assertEqual(sum("WARNING" in line for line in receiver.stderr_lines), 1)
 
-    def test_a_repetition_is_answered_but_not_written_again(self):
-        body = new_body()
-        headers = central_headers(body)
-        self.assertEqual(self.status(body, headers), "ok")
-        for _ in range(3):
-            self.assertEqual(self.status(body, headers), "duplicate")
-        last = new_body()
-        self.assertEqual(self.status(last, central_headers(last)), "ok")
-        deadline_poll(lambda: any(last.decode() in line for line in self.receiver.stdout_lines))
-        self.assertEqual(
-            len([line for line in self.receiver.stdout_lines if body.decode() in line]), 1
-        )
 
-    def test_a_retry_that_is_signed_anew_is_a_repetition(self):
-        body = new_body()
-        for offset, expected in ((-60, "ok"), (-30, "duplicate"), (0, "duplicate")):
-            headers = central_headers(body, delivery_id="retried", timestamp=now_stamp(offset))
-            self.assertEqual(self.status(body, headers), expected)
+class Hostile(unittest.TestCase):
+    """Far above every limit of size, so that anything but linear time takes for ever."""
 
-    def test_another_id_with_the_same_body_is_another_delivery(self):
-        body = new_body()
-        for delivery_id in ("x-1", "x-2"):
-            self.assertEqual(
-                self.status(body, central_headers(body, delivery_id=delivery_id)), "ok"
-            )
+    def test_header_fields_are_read_in_linear_time(self):
+        for shape in (b"X:%b\0", b"X:%b\r", b"X: a%b\0", b"%b\0:", b"X%b\n", b"X: \t%b\x7f"):
+            for piece in (b" ", b"\t", b" a", b"a", b"a:", b"a: "):
+                with self.subTest(shape=shape, piece=piece):
+                    with self.assertRaises(product.Refusal):
+                        product.parse_fields(shape % (piece * 500_000) + b"\r\n")
 
-    def test_the_same_id_with_another_body_is_another_delivery(self):
-        for _ in range(2):
-            body = new_body()
-            self.assertEqual(self.status(body, central_headers(body, delivery_id="y")), "ok")
-
-    def test_a_replay_with_bytes_moved_between_headers_is_a_repetition(self):
-        body = new_body()
-        headers = central_headers(body, service="Alerts", delivery_id="72d3")
-        self.assertEqual(self.status(body, headers), "ok")
-        for service, delivery_id in (("Alert", "s72d3"), ("Alerts7", "2d3"), ("A", "lerts72d3")):
-            moved = {**headers, "X-Central-Service": service, "X-Central-Delivery-ID": delivery_id}
-            with self.subTest(service):
-                self.assertEqual(self.status(body, moved), "duplicate")
-        moved = {**headers, "X-Central-Event": "another", "X-Central-Customer-ID": "another"}
-        self.assertEqual(self.status(body, moved), "duplicate")
-
-    def test_what_was_refused_is_not_remembered(self):
-        body = new_body()
-        headers = central_headers(body)
-        self.assertEqual(self.status(body, {**headers, "X-Central-Signature": "x"}), 401)
-        stale = central_headers(body, delivery_id="z", timestamp=now_stamp(-50 * 3600))
-        self.assertEqual(self.status(body, stale), 401)
-        self.assertEqual(self.status(body, headers), "ok")
-        self.assertEqual(self.status(body, central_headers(body, delivery_id="z")), "ok")
-
-    def test_the_age_is_limited_in_both_directions(self):
-        for hours, expected in ((0, "ok"), (-47.9, "ok"), (-27, "ok"), (-48.1, 401), (-1000, 401)):
-            body = new_body()
-            with self.subTest(hours=hours):
-                headers = central_headers(body, timestamp=now_stamp(hours * 3600))
-                self.assertEqual(self.status(body, headers), expected)
-        for minutes, expected in ((1, "ok"), (14, "ok"), (16, 401), (10**5, 401)):
-            body = new_body()
-            with self.subTest(minutes=minutes):
-                headers = central_headers(body, timestamp=now_stamp(minutes * 60))
-                self.assertEqual(self.status(body, headers), expected)
-
-    def test_odd_time_stamps(self):
-        now = time.time()
-        utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-        pacific = time.strftime("%Y-%m-%dT%H:%M:%S-07:00", time.gmtime(now - 7 * 3600))
-        india = time.strftime("%Y-%m-%dT%H:%M:%S+05:30", time.gmtime(now + 5.5 * 3600))
-        forms = (
-            utc,
-            utc + "Z",
-            utc + ".123Z",
-            utc + ".123456+00:00",
-            pacific,
-            india,
-            f"{now:.0f}",
-            f"{now * 1000:.0f}",
-        )
-        for text in forms:
-            body = new_body()
-            with self.subTest(text):
-                self.assertEqual(self.status(body, central_headers(body, timestamp=text)), "ok")
-        wrong_hour = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(now + 7 * 3600))
-        for text in (
-            "yesterday",
-            "0",
-            "-1",
-            "nan",
-            "1e9",
-            "9" * 300,
-            "2016-99-99T00:00:00Z",
-            utc + "+99:00",
-            wrong_hour,
+    def test_signatures_are_bounded_before_they_are_parsed(self):
+        url = product.parse_public_url("https://www.example.com/hook")
+        for given, signature in (
+            ("a=(" + "b " * 5000 + ")", "a=:AAAA:"),
+            ("a=()", "a=:AAAA:" + ";b" * 5000),
         ):
-            body = new_body()
-            with self.subTest(text[:30]):
-                self.assertEqual(self.status(body, central_headers(body, timestamp=text)), 401)
-
-    def test_the_time_stamp_is_in_the_output_as_it_was_sent(self):
-        body, stamp = (
-            new_body(),
-            time.strftime("%Y-%m-%dT%H:%M:%S-07:00", time.gmtime(time.time() - 7 * 3600)),
-        )
-        self.assertEqual(
-            self.status(body, central_headers(body, timestamp=stamp, delivery_id="as-sent")), "ok"
-        )
-        lines = deadline_poll(
-            lambda: [line for line in self.receiver.stdout_lines if body.decode() in line]
-        )
-        found = json.loads(lines[0])
-        self.assertEqual((found["sent_at"], found["delivery_id"]), (stamp, "as-sent"))
-
-
-if __name__ == "__main__":
-    unittest.main()
+            headers = {"signature-input": given, "signature": signature}
+            request = product.Request("POST", "/hook", None, "HTTP/1.1", headers, frozenset())
+            with self.assertRaisesRegex(product.SignatureError, "above"):
+                product.verify_message_signature(request, ["token"], url, 0)

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -16,7 +17,11 @@ import unittest
 from pathlib import Path
 
 from tests.support import (
+    DUPLICATE,
+    HEALTH,
+    OK,
     PATH,
+    PROGRAM,
     TOKEN,
     Connection,
     Receiver,
@@ -29,7 +34,6 @@ from tests.support import (
 )
 
 NEW_TOKEN = "token-after-the-rotation"
-HEALTH = raw_request("GET", "/health", length=False)
 TRAFFIC_ERRORS = (OSError, EOFError)  # a connection that is refused, reset, closed or silent
 
 # The socket comes as standard input, since a shell can name that descriptor; systemd passes it as number 3.
@@ -38,6 +42,25 @@ exec 3<&0 </dev/null
 export LISTEN_FDS=1 LISTEN_PID=${FOREIGN_PID:-$$}
 exec "$PYTHON" "$@"
 """
+
+
+def hook(name, **more):
+    """Return a classic webhook with a path of its own."""
+    return {"name": name, "path": f"/{name}", "token": TOKEN, **more}
+
+
+def reload(receiver, config):
+    """Have a receiver read another configuration; return the line that says what came of it."""
+    lines = len(receiver.stderr_lines)
+    receiver.write_config(config)
+    receiver.process.send_signal(signal.SIGHUP)
+    return receiver.wait_for_log("configuration (not )?reloaded", start=lines)
+
+
+def is_refused(port):
+    """Tell whether nobody listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 class Senders:
@@ -516,5 +539,78 @@ class Systemd(LifeCase):
             self.assertEqual(receiver.deliver().status, 200)
 
 
-if __name__ == "__main__":
-    unittest.main()
+class ReloadedWebhooks(unittest.TestCase):
+    def test_a_webhook_that_was_away_remembers_what_the_log_holds(self):
+        both = config_of(webhook=[hook("a"), hook("b")], log_file="out.jsonl")
+        body = new_body()
+        headers = central_headers(body)
+        with Receiver(both) as receiver:
+            self.assertEqual(receiver.post(body, headers, "/a").json, OK)
+            reload(receiver, config_of(webhook=[hook("b")], log_file="out.jsonl"))
+            self.assertEqual(receiver.post(body, headers, "/a").status, 404)
+            reload(receiver, both)
+            self.assertEqual(receiver.post(body, headers, "/a").json, DUPLICATE)
+            self.assertEqual(receiver.post(body, headers, "/b").json, OK)
+            self.assertEqual(len((receiver.folder / "out.jsonl").read_text().splitlines()), 2)
+
+
+@unittest.skipUnless(hasattr(os, "mkfifo"), "needs named pipes")
+class SlowReload(unittest.TestCase):
+    def test_a_configuration_that_takes_long_to_read_holds_up_nobody(self):
+        with Receiver() as receiver:
+            pipe = receiver.folder / "tokens"
+            os.mkfifo(pipe, 0o600)
+            webhook = {"name": "noc", "path": PATH, "token_file": "tokens"}
+            receiver.write_config(config_of(receiver.port, webhook))
+            receiver.process.send_signal(signal.SIGHUP)
+            with open(pipe, "w") as tokens:  # waits until the receiver has opened it as well
+                self.assertEqual(200, receiver.request(HEALTH).status)
+                self.assertEqual(200, receiver.deliver().status)
+                tokens.write("another-token\n")
+            receiver.wait_for_log("configuration reloaded")
+            self.assertEqual(401, receiver.deliver().status)
+            self.assertEqual(200, receiver.deliver(token="another-token").status)
+
+
+class Ends(unittest.TestCase):
+    def test_a_closed_stderr_leaves_stdout_to_the_alerts(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "input_info.json")
+            path.write_text("{")
+            command = [
+                "sh",
+                "-c",
+                'exec "$0" "$1" -i="$2" 2>&-',
+                sys.executable,
+                str(PROGRAM),
+                str(path),
+            ]
+            done = subprocess.run(command, stdout=subprocess.PIPE, timeout=30)
+        self.assertEqual((78, b""), (done.returncode, done.stdout))
+
+    def test_a_signal_after_stdout_has_gone_does_not_change_the_exit_code(self):
+        reading, writing = os.pipe()
+        with Receiver(config_of(request_timeout_seconds=5), stdout=writing) as receiver:
+            os.close(writing)
+            with receiver.connect() as unfinished:  # a request in flight keeps it draining
+                unfinished.send(b"POST / HTTP/1.1\r\n")
+                os.close(reading)
+                self.assertEqual(503, receiver.deliver().status)
+                deadline_poll(lambda: is_refused(receiver.port))
+                receiver.process.send_signal(signal.SIGTERM)
+                unfinished.send(b"Host: localhost\r\nContent-Length: 0\r\n\r\n")
+                self.assertEqual(404, unfinished.read().status)
+            self.assertEqual(1, receiver.wait())
+
+    def test_a_reload_after_a_stop_is_none(self):
+        with Receiver(config_of(request_timeout_seconds=5)) as receiver:
+            with receiver.connect() as unfinished:
+                unfinished.send(b"POST / HTTP/1.1\r\n")
+                self.assertEqual(200, receiver.request(HEALTH).status)
+                receiver.process.send_signal(signal.SIGTERM)
+                deadline_poll(lambda: is_refused(receiver.port))
+                receiver.process.send_signal(signal.SIGHUP)
+                unfinished.send(b"Host: localhost\r\nContent-Length: 0\r\n\r\n")
+                self.assertEqual(404, unfinished.read().status)
+            self.assertEqual(0, receiver.wait())
+        self.assertFalse([line for line in receiver.stderr_lines if "reloaded" in line])

@@ -11,34 +11,29 @@ import json
 import os
 import random
 import re
-import select
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 import unittest
 from pathlib import Path
 
 from tests.support import (
+    DUPLICATE,
+    OK,
     PATH,
     TOKEN,
     Receiver,
     at_once,
     central_headers,
     config_of,
-    deadline_poll,
     new_body,
-    now_stamp,
     raw_request,
+    resource,
 )
+from tests.test_life import Senders
+from tests.test_server import FaultCase
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-OK, DUPLICATE = {"status": "ok"}, {"status": "duplicate"}
 URL = "https://www.example.com/centralwebhook"
 HALF_LINE = b'{"received_at": "2026-11-21T20:35:12.123Z", "webhook": "noc", "type": "cent'
 
@@ -496,284 +491,24 @@ class Opening(LogCase):
         self.assertEqual(len(self.read_log()), 2)
 
 
-class Memory(LogCase):
-    """Nothing is accepted twice (section 6 of the contract); one receiver for those that need no special one."""
+class Kill(FaultCase):
+    """SIGKILL, the power loss that a test can make."""
 
-    @classmethod
-    def setUpClass(cls):
-        webhooks = [
-            {"name": "noc", "path": PATH, "token": TOKEN},
-            {
-                "name": "new",
-                "type": "new-central",
-                "path": "/new",
-                "token": TOKEN,
-                "public_url": URL,
-            },
-        ]
-        cls.running = Receiver(config_of(webhook=webhooks, log_file="alerts.jsonl")).__enter__()
-        cls.addClassCleanup(cls.running.__exit__)
-
-    def setUp(self):
-        super().setUp()
-        self.before = len(self.read_log(self.running.folder / "alerts.jsonl"))
-
-    def new_lines(self):
-        """Return the lines that this test has added to the log of the one receiver."""
-        return self.read_log(self.running.folder / "alerts.jsonl")[self.before :]
-
-    def test_a_repetition_is_answered_with_duplicate_and_written_nowhere(self):
-        receiver, body, last_body = self.running, new_body(), new_body()
-        headers, last = central_headers(body), central_headers(last_body)
-        self.assertEqual(receiver.post(body, headers).json, OK)
-        for _ in range(3):
-            answer = receiver.post(body, headers)
-            self.assertEqual((answer.status, answer.json), (200, DUPLICATE))
-        self.assertEqual(receiver.post(last_body, last).json, OK)
-        ids = [one["X-Central-Delivery-ID"] for one in (headers, last)]
-        deadline_poll(lambda: any(ids[1] in line for line in receiver.stdout_lines))
-        shown = [json.loads(line)["delivery_id"] for line in receiver.stdout_lines]
-        self.assertEqual([one for one in shown if one in ids], ids)
-        self.assertEqual([line["delivery_id"] for line in self.new_lines()], ids)
-
-    def test_a_classic_delivery_is_known_by_its_signature_and_by_its_id_with_the_body(self):
-        body, stamp = new_body(), now_stamp(-60)
-        first = central_headers(
-            body, delivery_id="72d3162e-cc78-11e3-81ab-4c9367dc0958", timestamp=stamp
-        )
-        shifted = {
-            "a byte moved from the service to the ID": {
-                "X-Central-Service": "Alert",
-                "X-Central-Delivery-ID": "s" + first["X-Central-Delivery-ID"],
-            },
-            "a byte moved from the ID to the service": {
-                "X-Central-Service": "Alerts7",
-                "X-Central-Delivery-ID": first["X-Central-Delivery-ID"][1:],
-            },
-        }
-        other_id = "81d3162e-cc78-11e3-81ab-4c9367dc0958"
-        same_id = first["X-Central-Delivery-ID"]
-        other_body = new_body()
-        cases = [
-            ("the same bytes", body, first, DUPLICATE),
-            *((name, body, {**first, **change}, DUPLICATE) for name, change in shifted.items()),
-            (
-                "a byte moved from the service to the body",
-                body + b"A",
-                {**first, "X-Central-Service": "lerts"},
-                DUPLICATE,
-            ),
-            (
-                "signed anew",
-                body,
-                central_headers(body, delivery_id=same_id, timestamp=now_stamp(-30)),
-                DUPLICATE,
-            ),
-            (
-                "another event and customer, which nobody signs",
-                body,
-                {**first, "X-Central-Event": "x"},
-                DUPLICATE,
-            ),
-            (
-                "the ID with another body",
-                other_body,
-                central_headers(other_body, delivery_id=same_id, timestamp=stamp),
-                OK,
-            ),
-            (
-                "the body under another ID",
-                body,
-                central_headers(body, delivery_id=other_id, timestamp=stamp),
-                OK,
-            ),
-        ]
-        self.assertEqual(self.running.post(body, first).json, OK)
-        for name, sent, headers, expected in cases:
-            with self.subTest(name):
-                answer = self.running.post(sent, headers)
-                self.assertEqual((answer.status, answer.json), (200, expected))
-        self.assertEqual(len(self.new_lines()), 3)
-
-    def test_two_alerts_under_one_new_central_signature_are_both_accepted(self):
-        headers = new_central_headers(time.time())
-        for body in (new_body(), new_body()):
-            self.assertEqual(self.running.post(body, headers, "/new").json, OK)
-        self.assertEqual(len(self.new_lines()), 2)
-
-    def test_a_twin_of_a_delivery_in_progress_is_asked_to_come_again(self):
-        body = new_body(filler="x" * 300_000)  # more than a pipe takes
-        headers = central_headers(body)
-        again = central_headers(
-            body, delivery_id=headers["X-Central-Delivery-ID"], timestamp=now_stamp(-9)
-        )
-        read_end, write_end = os.pipe()
-        with open(read_end, "rb") as reader, self.receiver(stdout=write_end) as receiver:
-            os.close(write_end)
-            with receiver.connect() as connection:
-                connection.send(raw_request(headers=headers, body=body))
-                select.select([reader], [], [], 10)  # it is being written
-                for name, twin in (("the same bytes", headers), ("signed anew", again)):
-                    with self.subTest(name):
-                        answer = receiver.post(body, twin)
-                        self.assertEqual(
-                            (answer.status, answer.headers.get("retry-after")), (503, "1")
-                        )
-                shown = []
-                reading = threading.Thread(target=lambda: shown.append(reader.read()), daemon=True)
-                reading.start()
-                self.assertEqual(connection.read().json, OK)
-            for twin in (headers, again):
-                self.assertEqual(receiver.post(body, twin).json, DUPLICATE)
-            receiver.process.kill()
-            reading.join(10)
-            self.assertEqual(
-                [json.loads(line)["alert"] for line in shown[0].splitlines()], [json.loads(body)]
-            )
-        self.assertEqual(len(self.read_log()), 1)
-
-
-class Restarts(LogCase):
-    """What the memory is rebuilt from."""
-
-    def test_what_a_restart_remembers_of_each_type(self):
-        stamp, created = now_stamp(-5), time.time() - 5
-        bodies = {
-            name: new_body(sender=name)
-            for name in ("central", "new-central", "ip-fabric", "bracken", "entrupy")
-        }
-        signed_anew = central_headers(
-            bodies["central"], delivery_id="one-id", timestamp=now_stamp()
-        )
-        rows = [  # type, headers of the first, headers of the repetition, is it remembered
-            (
-                "central",
-                central_headers(bodies["central"], delivery_id="one-id", timestamp=stamp),
-                signed_anew,
-                True,
-            ),
-            ("new-central", new_central_headers(created), new_central_headers(created + 3), True),
-            (
-                "ip-fabric",
-                ip_fabric_headers(bodies["ip-fabric"]),
-                ip_fabric_headers(bodies["ip-fabric"]),
-                True,
-            ),
-            (
-                "bracken",
-                bracken_headers(bodies["bracken"]),
-                bracken_headers(bodies["bracken"]),
-                False,
-            ),
-            (
-                "entrupy",
-                entrupy_headers(bodies["entrupy"]),
-                entrupy_headers(bodies["entrupy"]),
-                False,
-            ),
-        ]
-        webhooks = [
-            {
-                "name": f'Büro "{kind}"',
-                "type": kind,
-                "path": f"/{kind}",
-                "token": TOKEN,
-                **({"public_url": URL} if kind == "new-central" else {}),
-            }
-            for kind in bodies
-        ]
-        for restarted in (False, True):
-            with self.receiver(webhooks) as receiver:
-                for kind, first, again, is_remembered in rows:
-                    with self.subTest(kind, restarted=restarted):
-                        if not restarted:
-                            self.assertEqual(
-                                receiver.post(bodies[kind], first, f"/{kind}").json, OK
-                            )
-                        for headers in (first, again):
-                            answer = receiver.post(bodies[kind], headers, f"/{kind}")
-                            self.assertEqual(
-                                (answer.status, answer.json),
-                                (200, DUPLICATE if is_remembered else OK),
-                            )
-        kinds = [line["type"] for line in self.read_log()]
-        self.assertEqual(
-            {kind: kinds.count(kind) for kind in bodies},
-            {**dict.fromkeys(bodies, 1), "bracken": 5, "entrupy": 5},
-        )
-
-    def test_each_webhook_has_a_memory_of_its_own_also_after_a_restart(self):
-        body = new_body()
-        headers = central_headers(body)
-        webhooks = [
-            {"name": name, "path": f"/{name}", "token": TOKEN}
-            for name in ("north", "south", "east")
-        ]
-        with self.receiver(webhooks) as receiver:
-            for path in ("/north", "/south"):
-                self.assertEqual(receiver.post(body, headers, path).json, OK)
-                self.assertEqual(receiver.post(body, headers, path).json, DUPLICATE)
-        with self.receiver(webhooks) as receiver:
-            for path, expected in (("/north", DUPLICATE), ("/south", DUPLICATE), ("/east", OK)):
-                self.assertEqual(receiver.post(body, headers, path).json, expected)
-        self.assertEqual([line["webhook"] for line in self.read_log()], ["north", "south", "east"])
-
-    def test_an_alert_that_imitates_a_line_of_the_log_plants_nothing_in_the_memory(self):
-        webhook = {"name": "fabric", "type": "ip-fabric", "path": PATH, "token": TOKEN}
-        victim, signed, kept = kept_deliveries()[2]
-        line = kept.decode().rstrip("\n")
-        imitations = [
-            line.encode(),
-            json.dumps({"text": line}).encode(),
-            ("[" + line + "]").encode(),
-            json.dumps({"key": json.loads(line)["key"]}).encode(),
-            b'{"a": 1}\n' + line.encode() + b"\n",
-        ]
-        with self.receiver(webhook) as receiver:
-            for body in imitations:
-                self.assertEqual(receiver.post(body, ip_fabric_headers(body)).json, OK)
-        with self.receiver(webhook) as receiver:
-            for body in imitations:
-                self.assertEqual(receiver.post(body, ip_fabric_headers(body)).json, DUPLICATE)
-            self.assertEqual(receiver.post(victim, signed).json, OK)
-
-    def test_lines_that_are_none_of_ours_do_not_keep_the_memory_from_being_rebuilt(self):
-        body, headers, line = kept_deliveries()[0]
-        foreign = [
-            b"",
-            b"null",
-            b"[]",
-            b'{"webhook": "noc"}',
-            b'{"webhook": "noc", "key": 7}',
-            b"\xff\xfe",
-            b"\0" * 100,
-        ]
-        self.log.write_bytes(b"\n".join(foreign) + b"\n" + line + b"\n".join(foreign) + b"\n")
-        with self.receiver() as receiver:
-            self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
-
-    def test_a_long_log_is_read_from_its_end(self):
-        deliveries = kept_deliveries()[:2]
-        (_, _, oldest), (_, _, newest) = deliveries
-        key = json.loads(newest)["key"].encode()
-        other = newest.replace(key, re.sub(rb"[0-9a-f]{8}", b"(number)", key))
-        others = (other.replace(b"(number)", b"%08x" % number) for number in range(99_998))
-        with open(self.log, "wb") as file:
-            try:
-                file.truncate(
-                    64 << 30
-                )  # a part of 64 GiB that takes no space, and far too long to read
-            except OSError as error:
-                self.skipTest(f"no sparse files: {error}")
-            file.seek(64 << 30)
-            file.write(b"\n" + oldest)
-            file.writelines(others)
-            file.write(newest)
-        with self.receiver() as receiver:
-            for body, headers, _ in deliveries:  # the first is the hundred thousandth from the end
-                self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
-            self.assertEqual(receiver.deliver().json, OK)
-
-
-if __name__ == "__main__":
-    unittest.main()
+    def test_a_kill_at_any_moment_loses_nothing_and_keeps_nothing_twice(self):
+        chance = random.Random()
+        with Senders(1, 8) as senders:
+            for _ in range(5):
+                with Receiver(self.config()) as receiver:
+                    senders.port = receiver.port
+                    senders.wait_for_accepted(chance.randrange(10, 80))
+                    receiver.process.kill()
+                    receiver.wait()
+            with Receiver(self.config()) as receiver:
+                senders.port = receiver.port
+                senders.wait_for_accepted(20)
+                senders.finish()
+                self.assertEqual(self.health(receiver), 200)
+        ids = self.logged_ids()
+        self.assertEqual(len(ids), len(set(ids)), "a delivery stands in the log twice")
+        self.assertEqual(set(ids), set(senders.accepted), "a delivery is lost")
+        self.assertEqual(set(senders.statuses) - {200, 503}, set())

@@ -6,14 +6,11 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import io
 import json
 import os
 import re
 import select
 import signal
-import socket
-import threading
 import time
 import unittest
 
@@ -23,14 +20,12 @@ from tests.support import (
     TOKEN,
     Receiver,
     at_once,
-    captured_stderr,
     central_headers,
     config_of,
     deadline_poll,
     new_body,
     now_stamp,
     raw_request,
-    run_at_once,
 )
 
 try:
@@ -816,167 +811,6 @@ class Hints(LogTestCase):
 
 
 # ---- --demo and --send-sample -------------------------------------------------------------------
-
-
-class Demo(unittest.TestCase):
-    def test_it_shows_accepted_alerts_and_a_refused_one(self):
-        runs = [["--demo"], ["--demo", "--format", "pretty"]]
-        for run, pretty, (code, stdout, stderr) in zip(runs, (False, True), run_at_once(*runs)):
-            with self.subTest(run):
-                self.assertEqual(code, 0, stderr)
-                self.assertNotIn("Traceback", stderr)
-                self.assertIn("200", stderr)
-                self.assertRegex(stderr, r"(?i)forged.*401")
-                if pretty:
-                    self.assertNotIn('"received_at"', stdout)
-                    self.assertRegex(stdout.splitlines()[0], r"\A\d{4}-\d\d-\d\d .*demo")
-                else:
-                    alerts = [json.loads(line) for line in stdout.splitlines()]
-                    self.assertGreaterEqual(len(alerts), 2)
-                    for alert in alerts:
-                        self.assertEqual((alert["webhook"], alert["type"]), ("demo", "central"))
-                        self.assertIsInstance(alert["alert"], dict)
-
-
-class SendSample(unittest.TestCase):
-    WEBHOOKS = [
-        {"name": "central", "path": "/central", "token": TOKEN},
-        {"name": "old", "path": "/old", "token": ["first", "second"]},
-        {"name": "fabric", "path": "/fabric", "type": "ip-fabric", "token": TOKEN},
-        {"name": "bracken", "path": "/bracken", "type": "bracken", "token": TOKEN},
-        {"name": "entrupy", "path": "/entrupy", "type": "entrupy", "token": TOKEN},
-        {
-            "name": "new",
-            "type": "new-central",
-            "token": TOKEN,
-            "public_url": "https://a.example:8443/new?x=y",
-        },
-        {
-            "name": "header",
-            "path": "/header",
-            "token": TOKEN,
-            "api_key": {"header": "X-Key", "value": ["K1", "K2"]},
-        },
-        {
-            "name": "field",
-            "path": "/field",
-            "token": TOKEN,
-            "api_key": {"field": "apiKey", "value": "K3"},
-        },
-    ]
-
-    @classmethod
-    def setUpClass(cls):
-        cls.receiver = Receiver(config_of(webhook=cls.WEBHOOKS)).__enter__()
-        cls.addClassCleanup(cls.receiver.__exit__)
-
-    def url(self, path):
-        return f"http://127.0.0.1:{self.receiver.port}{path}"
-
-    def call(self, *arguments, config=None):
-        """Return exit code, stdout and stderr of main() with --send-sample."""
-        path = self.receiver.folder / "sender.json"
-        path.write_text(json.dumps(config or config_of(self.receiver.port, self.WEBHOOKS)))
-        path.chmod(0o600)
-        stdout = io.StringIO()
-        with contextlib.redirect_stdout(stdout), captured_stderr() as stderr:
-            code = product.main(["-i", str(path), "--send-sample", *arguments])
-            said = stderr()
-        self.assertNotIn(TOKEN, stdout.getvalue() + said)
-        return code, stdout.getvalue(), said
-
-    def test_a_sample_of_every_type_is_accepted_at_the_configured_address(self):
-        for webhook in self.WEBHOOKS:
-            name = webhook["name"]
-            with self.subTest(name):
-                before = len(self.receiver.stdout_lines)
-                code, stdout, stderr = self.call("--webhook", name)
-                self.assertEqual((code, stderr), (0, ""))
-                self.assertRegex(stdout, r'\b200\b.*"ok".*\d+.*\n')
-                line = self.receiver.wait_for_stdout(before + 1)[-1]
-                found = json.loads(line)
-                self.assertEqual(
-                    (found["webhook"], found["type"]), (name, webhook.get("type", "central"))
-                )
-                self.assertIsInstance(found["alert"], dict)
-                self.assertNotIn("K3", line)
-
-    def test_two_samples_are_two_deliveries(self):
-        for name in ("central", "fabric", "new"):
-            for _ in range(2):
-                code, stdout, _ = self.call("--webhook", name)
-                self.assertEqual(code, 0)
-                self.assertIn('"ok"', stdout)
-                time.sleep(0.002)
-
-    def test_a_url_can_be_given(self):
-        code, stdout, _ = self.call(self.url("/central"), "--webhook", "central")
-        self.assertEqual(code, 0)
-        self.assertIn("200", stdout)
-        code, stdout, stderr = self.call(self.url("/other"), "--webhook", "central")
-        self.assertEqual(code, 1)
-        self.assertIn("404", stdout + stderr)
-
-    def test_a_token_that_does_not_match_is_exit_code_1(self):
-        config = config_of(self.receiver.port, {"path": "/central", "token": "another"})
-        code, stdout, stderr = self.call(config=config)
-        self.assertEqual(code, 1)
-        self.assertIn("401", stdout + stderr)
-
-    def test_a_header_can_be_added(self):
-        webhook = {"name": "x", "path": "/header", "token": TOKEN}
-        config = config_of(self.receiver.port, webhook)
-        self.assertEqual(self.call(config=config)[0], 1)
-        self.assertEqual(self.call("--header", "X-Key: K2", config=config)[0], 0)
-        self.assertEqual(
-            self.call("--header", "X-Other: 1", "--header", "x-key:Bearer K2", config=config)[0], 0
-        )
-        self.assertEqual(self.call("--header", "X-Key: K3", config=config)[0], 1)
-
-    def test_without_a_server_it_is_one_line_and_exit_code_1(self):
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets it
-            port = unused.getsockname()[1]
-            path = self.receiver.folder / "nobody.json"
-            path.write_text(json.dumps(config_of(port)))
-            path.chmod(0o600)
-            ((code, stdout, stderr),) = run_at_once([f"-i={path}", "--send-sample"])
-        self.assertEqual((code, stdout), (1, ""))
-        self.assertRegex(stderr, rf"\Acentral_webhook_client\.py: error: .*{port}.*\n\Z")
-
-    def test_a_process_says_status_answer_and_time(self):
-        path = self.receiver.folder / "one.json"
-        path.write_text(json.dumps(config_of(self.receiver.port, self.WEBHOOKS[0])))
-        path.chmod(0o600)
-        ((code, stdout, stderr),) = run_at_once(["-i", path, "--send-sample"])
-        self.assertEqual((code, stderr), (0, ""))
-        self.assertRegex(stdout, r'\A.*200.*"status": "ok".*\d+.*\n\Z')
-
-    def test_an_answer_of_the_server_cannot_move_the_cursor(self):
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            server.listen()
-
-            def answer():
-                connection, _ = server.accept()
-                with connection:
-                    connection.settimeout(10)
-                    while b"\r\n\r\n" not in connection.recv(65536):
-                        pass
-                    text = "\x1b[2J\u202e\r\n\x9b".encode()
-                    connection.sendall(
-                        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text) + text
-                    )
-
-            thread = threading.Thread(target=answer, daemon=True)
-            thread.start()
-            code, stdout, _ = self.call(
-                f"http://127.0.0.1:{server.getsockname()[1]}/", "--webhook", "central"
-            )
-            thread.join(10)
-        self.assertEqual(code, 0)
-        self.assertNotRegex(stdout, HARMFUL)
-        self.assertEqual(stdout.count("\n"), 1)
 
 
 if __name__ == "__main__":

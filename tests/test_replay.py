@@ -2,9 +2,136 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import functools
+import hashlib
+import hmac
+import json
+import os
+import re
+import select
+import signal
+import tempfile
+import threading
+import time
 import unittest
+from pathlib import Path
 
 import central_webhook_client as product
+from tests.support import (
+    DUPLICATE,
+    OK,
+    PATH,
+    TOKEN,
+    Receiver,
+    central_headers,
+    config_of,
+    deadline_poll,
+    new_body,
+    now_stamp,
+    raw_request,
+)
+
+URL = "https://www.example.com/centralwebhook"
+
+
+def new_central_headers(created, token=TOKEN):
+    """Sign as new Central does: not the body, only where it goes and when."""
+    parameters = f'("@method" "@target-uri");created={int(created)};alg="hmac-sha256"'
+    base = f'"@method": POST\n"@target-uri": {URL}\n"@signature-params": {parameters}'
+    digest = hmac.new(token.encode(), base.encode(), hashlib.sha256).digest()
+    return {
+        "Signature-Input": f"sig1={parameters}",
+        "Signature": f"sig1=:{base64.b64encode(digest).decode()}:",
+    }
+
+
+class LogCase(unittest.TestCase):
+    """A folder of its own for the log, which outlives the receivers that write to it."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="log-")
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.log = self.folder / "alerts.jsonl"
+
+    def receiver(self, webhook=None, log=None, **options):
+        return Receiver(config_of(webhook=webhook, log_file=str(log or self.log)), **options)
+
+    def read_log(self, log=None):
+        """Return the parsed lines, as a reader does: what is not JSON is a half line, passed over."""
+        found = []
+        for line in (log or self.log).read_bytes().split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def assert_end_with_1(self, logs):
+        """Start a receiver for each of these log files, all at once: none can serve, each names its file."""
+        receivers = {name: self.receiver(log=log) for name, log in logs.items()}
+        for receiver in receivers.values():
+            self.addCleanup(receiver.__exit__)
+        for name, receiver in receivers.items():
+            with self.subTest(name):
+                self.assertEqual(receiver.wait(15), 1)
+                said = "\n".join(receiver.stderr_lines)
+                self.assertRegex(
+                    said, rf"^central_webhook_client\.py: error: .*{re.escape(str(logs[name]))}.*$"
+                )
+                self.assertEqual(len(receiver.stderr_lines), 1)
+
+
+def ip_fabric_headers(body, token=TOKEN):
+    """Sign a body as IP Fabric does."""
+    return {"X-IPF-Signature": hmac.new(token.encode(), body, hashlib.sha256).hexdigest()}
+
+
+def bracken_headers(body, token=TOKEN):
+    """Sign a body as Bracken does."""
+    digest = hmac.new(token.encode(), body, hashlib.sha256).digest()
+    return {"Authorization": "HMACSHA256 " + base64.b64encode(digest).decode()}
+
+
+def entrupy_headers(body, token=TOKEN):
+    """Sign a body as Entrupy does."""
+    digest = hmac.new(token.encode(), body, hashlib.sha256).digest()
+    return {"Entrupy-Signature": "SHA256:" + base64.b64encode(digest).decode()}
+
+
+@functools.lru_cache(maxsize=None)
+def kept_deliveries():
+    """Have a receiver keep three deliveries, two of "noc" and one of "fabric"; return (body, headers, log line)s."""
+    webhooks = [
+        {"name": "noc", "path": PATH, "token": TOKEN},
+        {"name": "fabric", "type": "ip-fabric", "path": "/fabric", "token": TOKEN},
+    ]
+    deliveries = []
+    with Receiver(config_of(webhook=webhooks, log_file="alerts.jsonl")) as receiver:
+        for path, sign in (
+            (PATH, central_headers),
+            (PATH, central_headers),
+            ("/fabric", ip_fabric_headers),
+        ):
+            body = new_body()
+            headers = sign(body)
+            assert receiver.post(body, headers, path).json == OK
+            deliveries.append((body, headers))
+        lines = (receiver.folder / "alerts.jsonl").read_bytes().splitlines(keepends=True)
+    return [(*delivery, line) for delivery, line in zip(deliveries, lines)]
+
+
+def hook(name, **more):
+    """Return a classic webhook with a path of its own."""
+    return {"name": name, "path": f"/{name}", "token": TOKEN, **more}
+
+
+def reload(receiver, config):
+    """Have a receiver read another configuration; return the line that says what came of it."""
+    lines = len(receiver.stderr_lines)
+    receiver.write_config(config)
+    receiver.process.send_signal(signal.SIGHUP)
+    return receiver.wait_for_log("configuration (not )?reloaded", start=lines)
 
 
 class TimeStamps(unittest.TestCase):
@@ -94,5 +221,316 @@ class TimeStamps(unittest.TestCase):
                 self.assertTrue(found is None or abs(found) < 1e12)
 
 
-if __name__ == "__main__":
-    unittest.main()
+class Memory(LogCase):
+    """Nothing is accepted twice (section 6 of the contract); one receiver for those that need no special one."""
+
+    @classmethod
+    def setUpClass(cls):
+        webhooks = [
+            {"name": "noc", "path": PATH, "token": TOKEN},
+            {
+                "name": "new",
+                "type": "new-central",
+                "path": "/new",
+                "token": TOKEN,
+                "public_url": URL,
+            },
+        ]
+        cls.running = Receiver(config_of(webhook=webhooks, log_file="alerts.jsonl")).__enter__()
+        cls.addClassCleanup(cls.running.__exit__)
+
+    def setUp(self):
+        super().setUp()
+        self.before = len(self.read_log(self.running.folder / "alerts.jsonl"))
+
+    def new_lines(self):
+        """Return the lines that this test has added to the log of the one receiver."""
+        return self.read_log(self.running.folder / "alerts.jsonl")[self.before :]
+
+    def test_a_repetition_is_answered_with_duplicate_and_written_nowhere(self):
+        receiver, body, last_body = self.running, new_body(), new_body()
+        headers, last = central_headers(body), central_headers(last_body)
+        self.assertEqual(receiver.post(body, headers).json, OK)
+        for _ in range(3):
+            answer = receiver.post(body, headers)
+            self.assertEqual((answer.status, answer.json), (200, DUPLICATE))
+        self.assertEqual(receiver.post(last_body, last).json, OK)
+        ids = [one["X-Central-Delivery-ID"] for one in (headers, last)]
+        deadline_poll(lambda: any(ids[1] in line for line in receiver.stdout_lines))
+        shown = [json.loads(line)["delivery_id"] for line in receiver.stdout_lines]
+        self.assertEqual([one for one in shown if one in ids], ids)
+        self.assertEqual([line["delivery_id"] for line in self.new_lines()], ids)
+
+    def test_a_classic_delivery_is_known_by_its_signature_and_by_its_id_with_the_body(self):
+        body, stamp = new_body(), now_stamp(-60)
+        first = central_headers(
+            body, delivery_id="72d3162e-cc78-11e3-81ab-4c9367dc0958", timestamp=stamp
+        )
+        shifted = {
+            "a byte moved from the service to the ID": {
+                "X-Central-Service": "Alert",
+                "X-Central-Delivery-ID": "s" + first["X-Central-Delivery-ID"],
+            },
+            "a byte moved from the ID to the service": {
+                "X-Central-Service": "Alerts7",
+                "X-Central-Delivery-ID": first["X-Central-Delivery-ID"][1:],
+            },
+        }
+        other_id = "81d3162e-cc78-11e3-81ab-4c9367dc0958"
+        same_id = first["X-Central-Delivery-ID"]
+        other_body = new_body()
+        cases = [
+            ("the same bytes", body, first, DUPLICATE),
+            *((name, body, {**first, **change}, DUPLICATE) for name, change in shifted.items()),
+            (
+                "a byte moved from the service to the body",
+                body + b"A",
+                {**first, "X-Central-Service": "lerts"},
+                DUPLICATE,
+            ),
+            (
+                "signed anew",
+                body,
+                central_headers(body, delivery_id=same_id, timestamp=now_stamp(-30)),
+                DUPLICATE,
+            ),
+            (
+                "another event and customer, which nobody signs",
+                body,
+                {**first, "X-Central-Event": "x"},
+                DUPLICATE,
+            ),
+            (
+                "the ID with another body",
+                other_body,
+                central_headers(other_body, delivery_id=same_id, timestamp=stamp),
+                OK,
+            ),
+            (
+                "the body under another ID",
+                body,
+                central_headers(body, delivery_id=other_id, timestamp=stamp),
+                OK,
+            ),
+        ]
+        self.assertEqual(self.running.post(body, first).json, OK)
+        for name, sent, headers, expected in cases:
+            with self.subTest(name):
+                answer = self.running.post(sent, headers)
+                self.assertEqual((answer.status, answer.json), (200, expected))
+        self.assertEqual(len(self.new_lines()), 3)
+
+    def test_two_alerts_under_one_new_central_signature_are_both_accepted(self):
+        headers = new_central_headers(time.time())
+        for body in (new_body(), new_body()):
+            self.assertEqual(self.running.post(body, headers, "/new").json, OK)
+        self.assertEqual(len(self.new_lines()), 2)
+
+    def test_a_twin_of_a_delivery_in_progress_is_asked_to_come_again(self):
+        body = new_body(filler="x" * 300_000)  # more than a pipe takes
+        headers = central_headers(body)
+        again = central_headers(
+            body, delivery_id=headers["X-Central-Delivery-ID"], timestamp=now_stamp(-9)
+        )
+        read_end, write_end = os.pipe()
+        with open(read_end, "rb") as reader, self.receiver(stdout=write_end) as receiver:
+            os.close(write_end)
+            with receiver.connect() as connection:
+                connection.send(raw_request(headers=headers, body=body))
+                select.select([reader], [], [], 10)  # it is being written
+                for name, twin in (("the same bytes", headers), ("signed anew", again)):
+                    with self.subTest(name):
+                        answer = receiver.post(body, twin)
+                        self.assertEqual(
+                            (answer.status, answer.headers.get("retry-after")), (503, "1")
+                        )
+                shown = []
+                reading = threading.Thread(target=lambda: shown.append(reader.read()), daemon=True)
+                reading.start()
+                self.assertEqual(connection.read().json, OK)
+            for twin in (headers, again):
+                self.assertEqual(receiver.post(body, twin).json, DUPLICATE)
+            receiver.process.kill()
+            reading.join(10)
+            self.assertEqual(
+                [json.loads(line)["alert"] for line in shown[0].splitlines()], [json.loads(body)]
+            )
+        self.assertEqual(len(self.read_log()), 1)
+
+
+class Restarts(LogCase):
+    """What the memory is rebuilt from."""
+
+    def test_what_a_restart_remembers_of_each_type(self):
+        stamp, created = now_stamp(-5), time.time() - 5
+        bodies = {
+            name: new_body(sender=name)
+            for name in ("central", "new-central", "ip-fabric", "bracken", "entrupy")
+        }
+        signed_anew = central_headers(
+            bodies["central"], delivery_id="one-id", timestamp=now_stamp()
+        )
+        rows = [  # type, headers of the first, headers of the repetition, is it remembered
+            (
+                "central",
+                central_headers(bodies["central"], delivery_id="one-id", timestamp=stamp),
+                signed_anew,
+                True,
+            ),
+            ("new-central", new_central_headers(created), new_central_headers(created + 3), True),
+            (
+                "ip-fabric",
+                ip_fabric_headers(bodies["ip-fabric"]),
+                ip_fabric_headers(bodies["ip-fabric"]),
+                True,
+            ),
+            (
+                "bracken",
+                bracken_headers(bodies["bracken"]),
+                bracken_headers(bodies["bracken"]),
+                False,
+            ),
+            (
+                "entrupy",
+                entrupy_headers(bodies["entrupy"]),
+                entrupy_headers(bodies["entrupy"]),
+                False,
+            ),
+        ]
+        webhooks = [
+            {
+                "name": f'Büro "{kind}"',
+                "type": kind,
+                "path": f"/{kind}",
+                "token": TOKEN,
+                **({"public_url": URL} if kind == "new-central" else {}),
+            }
+            for kind in bodies
+        ]
+        for restarted in (False, True):
+            with self.receiver(webhooks) as receiver:
+                for kind, first, again, is_remembered in rows:
+                    with self.subTest(kind, restarted=restarted):
+                        if not restarted:
+                            self.assertEqual(
+                                receiver.post(bodies[kind], first, f"/{kind}").json, OK
+                            )
+                        for headers in (first, again):
+                            answer = receiver.post(bodies[kind], headers, f"/{kind}")
+                            self.assertEqual(
+                                (answer.status, answer.json),
+                                (200, DUPLICATE if is_remembered else OK),
+                            )
+        kinds = [line["type"] for line in self.read_log()]
+        self.assertEqual(
+            {kind: kinds.count(kind) for kind in bodies},
+            {**dict.fromkeys(bodies, 1), "bracken": 5, "entrupy": 5},
+        )
+
+    def test_each_webhook_has_a_memory_of_its_own_also_after_a_restart(self):
+        body = new_body()
+        headers = central_headers(body)
+        webhooks = [
+            {"name": name, "path": f"/{name}", "token": TOKEN}
+            for name in ("north", "south", "east")
+        ]
+        with self.receiver(webhooks) as receiver:
+            for path in ("/north", "/south"):
+                self.assertEqual(receiver.post(body, headers, path).json, OK)
+                self.assertEqual(receiver.post(body, headers, path).json, DUPLICATE)
+        with self.receiver(webhooks) as receiver:
+            for path, expected in (("/north", DUPLICATE), ("/south", DUPLICATE), ("/east", OK)):
+                self.assertEqual(receiver.post(body, headers, path).json, expected)
+        self.assertEqual([line["webhook"] for line in self.read_log()], ["north", "south", "east"])
+
+    def test_an_alert_that_imitates_a_line_of_the_log_plants_nothing_in_the_memory(self):
+        webhook = {"name": "fabric", "type": "ip-fabric", "path": PATH, "token": TOKEN}
+        victim, signed, kept = kept_deliveries()[2]
+        line = kept.decode().rstrip("\n")
+        imitations = [
+            line.encode(),
+            json.dumps({"text": line}).encode(),
+            ("[" + line + "]").encode(),
+            json.dumps({"key": json.loads(line)["key"]}).encode(),
+            b'{"a": 1}\n' + line.encode() + b"\n",
+        ]
+        with self.receiver(webhook) as receiver:
+            for body in imitations:
+                self.assertEqual(receiver.post(body, ip_fabric_headers(body)).json, OK)
+        with self.receiver(webhook) as receiver:
+            for body in imitations:
+                self.assertEqual(receiver.post(body, ip_fabric_headers(body)).json, DUPLICATE)
+            self.assertEqual(receiver.post(victim, signed).json, OK)
+
+    def test_lines_that_are_none_of_ours_do_not_keep_the_memory_from_being_rebuilt(self):
+        body, headers, line = kept_deliveries()[0]
+        foreign = [
+            b"",
+            b"null",
+            b"[]",
+            b'{"webhook": "noc"}',
+            b'{"webhook": "noc", "key": 7}',
+            b"\xff\xfe",
+            b"\0" * 100,
+        ]
+        self.log.write_bytes(b"\n".join(foreign) + b"\n" + line + b"\n".join(foreign) + b"\n")
+        with self.receiver() as receiver:
+            self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+
+    def test_a_long_log_is_read_from_its_end(self):
+        deliveries = kept_deliveries()[:2]
+        (_, _, oldest), (_, _, newest) = deliveries
+        key = json.loads(newest)["key"].encode()
+        other = newest.replace(key, re.sub(rb"[0-9a-f]{8}", b"(number)", key))
+        others = (other.replace(b"(number)", b"%08x" % number) for number in range(99_998))
+        with open(self.log, "wb") as file:
+            try:
+                file.truncate(
+                    64 << 30
+                )  # a part of 64 GiB that takes no space, and far too long to read
+            except OSError as error:
+                self.skipTest(f"no sparse files: {error}")
+            file.seek(64 << 30)
+            file.write(b"\n" + oldest)
+            file.writelines(others)
+            file.write(newest)
+        with self.receiver() as receiver:
+            for body, headers, _ in deliveries:  # the first is the hundred thousandth from the end
+                self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+            self.assertEqual(receiver.deliver().json, OK)
+
+
+class MemoryOverReloads(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        """Make a delivery that a former receiver has kept, and the line of its log."""
+        cls.body = new_body()
+        cls.headers = central_headers(cls.body)
+        with Receiver(config_of(webhook=hook("a"), log_file="out.jsonl")) as receiver:
+            assert receiver.post(cls.body, cls.headers, "/a").json == OK
+            cls.line = (receiver.folder / "out.jsonl").read_bytes()
+
+    def test_a_log_that_a_reload_brings_is_remembered(self):
+        with Receiver(config_of(webhook=hook("a"))) as receiver:
+            (receiver.folder / "out.jsonl").write_bytes(self.line)
+            reload(receiver, config_of(webhook=hook("a"), log_file="out.jsonl"))
+            self.assertEqual(receiver.post(self.body, self.headers, "/a").json, DUPLICATE)
+            body = new_body()
+            self.assertEqual(receiver.post(body, central_headers(body), "/a").json, OK)
+
+    def test_another_webhook_that_fills_the_log_displaces_nothing(self):
+        now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+        line = {
+            "received_at": now,
+            "webhook": "b",
+            "type": "bracken",
+            "delivery_id": None,
+            "sent_at": None,
+        }
+        others = (json.dumps({**line, "alert": {}, "key": None}) + "\n").encode() * 210_000
+        with Receiver(config_of()) as receiver:
+            (receiver.folder / "out.jsonl").write_bytes(self.line + others)
+            webhooks = [hook("a"), hook("b", type="bracken")]
+            said = reload(receiver, config_of(webhook=webhooks, log_file="out.jsonl"))
+            self.assertIn("configuration reloaded", said)
+            self.assertEqual(receiver.post(self.body, self.headers, "/a").json, DUPLICATE)

@@ -1,12 +1,14 @@
-"""Faults: a stdout that stalls or goes away, a kill at any moment, too many connections, few descriptors."""
+"""The server at its limits: connections, descriptors, stalls and bursts."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
-import random
+import pty
+import re
 import select
 import signal
 import socket
@@ -20,34 +22,29 @@ import unittest
 from pathlib import Path
 
 from tests.support import (
+    DUPLICATE,
+    HEALTH,
+    OK,
     PROGRAM,
     Receiver,
+    ServedTest,
     central_headers,
     config_of,
     deadline_poll,
+    good,
     new_body,
     raw_request,
+    resource,
+    share_receiver,
 )
-from tests.test_life import HEALTH, Senders
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+setUpModule = share_receiver
 
-OK, DUPLICATE = {"status": "ok"}, {"status": "duplicate"}
 HUGE = 300_000  # bytes: more than a pipe takes
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
 
-FEW_DESCRIPTORS = """#!/bin/sh
-ulimit -n 40
-exec "$PYTHON" "$@"
-"""
 NO_STDOUT = """#!/bin/sh
 exec "$PYTHON" "$@" >&-
 """
-
-on_linux = unittest.skipUnless(sys.platform == "linux", "needs /proc")
 
 
 class FaultCase(unittest.TestCase):
@@ -83,6 +80,68 @@ class FaultCase(unittest.TestCase):
 
     def health(self, receiver):
         return receiver.request(HEALTH).status
+
+
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
+
+FEW_DESCRIPTORS = """#!/bin/sh
+ulimit -n 40
+exec "$PYTHON" "$@"
+"""
+
+on_linux = unittest.skipUnless(sys.platform == "linux", "needs /proc")
+
+
+def cpu_seconds(receiver):
+    """Return the processor time that a receiver has used so far (proc(5): utime and stime)."""
+    fields = Path(f"/proc/{receiver.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class MaxConnections(ServedTest):
+    config = config_of(max_connections=4)
+
+    def test_too_many_connections_wait_until_there_is_a_place(self):
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(self.receiver.connect()) for _ in range(4)]
+            requests = [good() for _ in held]
+            for connection, request in zip(held, requests):
+                connection.send(request[:-1])
+            waiting = [stack.enter_context(self.receiver.connect()) for _ in range(20)]
+            for connection in waiting:
+                connection.send(good())
+            self.assertFalse(select.select([one.socket for one in waiting], [], [], 0.3)[0])
+            for connection, request in zip(held, requests):  # they are served, and make room
+                connection.send(request[-1:])
+                self.assert_reply(connection.read(), 200)
+            for connection in waiting:
+                self.assert_reply(connection.read(), 200)
+
+    def test_idle_connections_keep_nobody_waiting(self):
+        with contextlib.ExitStack() as stack:
+            for _ in range(12):
+                connection = stack.enter_context(self.receiver.connect())
+                connection.send(good())
+                self.assert_reply(connection.read(), 200)
+
+
+class Crowd(ServedTest):
+    def test_three_hundred_connections_at_once_are_all_answered(self):
+        def crowd():
+            return [line for line in list(self.receiver.stdout_lines) if '"crowd"' in line]
+
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(self.receiver.connect(30)) for _ in range(300)]
+            for connection in connections:
+                connection.send(good(new_body(crowd=True)))
+            for connection in connections:
+                self.assertEqual(connection.read().status, 200)
+            for connection in connections[::10]:
+                connection.send(good(new_body(crowd=True)))
+                self.assertEqual(connection.read().status, 200)
+        deadline_poll(lambda: len(crowd()) >= 330)
+        numbers = {json.loads(line)["alert"]["number"] for line in crowd()}
+        self.assertEqual((len(crowd()), len(numbers)), (330, 330))
 
 
 class Stdout(FaultCase):
@@ -293,30 +352,7 @@ class Stdout(FaultCase):
         self.assertEqual(set(shown), set(self.logged_ids()))
 
 
-class Kill(FaultCase):
-    """SIGKILL, the power loss that a test can make."""
-
-    def test_a_kill_at_any_moment_loses_nothing_and_keeps_nothing_twice(self):
-        chance = random.Random()
-        with Senders(1, 8) as senders:
-            for _ in range(5):
-                with Receiver(self.config()) as receiver:
-                    senders.port = receiver.port
-                    senders.wait_for_accepted(chance.randrange(10, 80))
-                    receiver.process.kill()
-                    receiver.wait()
-            with Receiver(self.config()) as receiver:
-                senders.port = receiver.port
-                senders.wait_for_accepted(20)
-                senders.finish()
-                self.assertEqual(self.health(receiver), 200)
-        ids = self.logged_ids()
-        self.assertEqual(len(ids), len(set(ids)), "a delivery stands in the log twice")
-        self.assertEqual(set(ids), set(senders.accepted), "a delivery is lost")
-        self.assertEqual(set(senders.statuses) - {200, 503}, set())
-
-
-class Limits(FaultCase):
+class Descriptors(FaultCase):
     """Connections that mean no good, and more of them than there is room for."""
 
     def descriptors(self, receiver):
@@ -484,5 +520,150 @@ class Limits(FaultCase):
                 self.assertEqual(connection.read().status, 408)
 
 
-if __name__ == "__main__":
-    unittest.main()
+class Terminals(unittest.TestCase):
+    def test_readers_that_stall_hold_up_neither_others_nor_a_stop(self):
+        receivers = []
+        for begin in (self.with_stalled_stderr, self.with_stalled_terminal):
+            receivers.append(begin())
+            receivers[
+                -1
+            ].process.terminate()  # a stop waits a while for its reader, meanwhile the other stalls
+        for receiver in receivers:
+            self.assertEqual(receiver.wait(), 0)
+
+    def with_stalled_stderr(self):
+        """Deliver to a receiver whose stderr nobody reads until its pipe is more than full; return it."""
+        read_end, write_end = os.pipe()
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
+        receiver = Receiver(arguments=["--verbose"], stdout=subprocess.DEVNULL, stderr=write_end)
+        os.close(write_end)
+        self.addCleanup(receiver.__exit__)
+        reader = open(read_end, "rb", buffering=0)
+        self.addCleanup(reader.close)
+        line = reader.readline()  # it has started; from here on nobody reads
+        receiver.port = int(re.search(rb"listens on \S+ port (\d+)", line)[1])
+        for _ in range(
+            150 if hasattr(fcntl, "F_SETPIPE_SZ") else 1500
+        ):  # a line of 50 characters each
+            self.assertEqual(receiver.deliver().json, OK)
+        return receiver
+
+    def with_stalled_terminal(self):
+        """Deliver to a receiver whose stdout is a terminal until that stalls, which means 503; return it."""
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        self.addCleanup(os.close, slave)
+        receiver = Receiver(config_of(request_timeout_seconds=0.2), stdout=slave).__enter__()
+        self.addCleanup(receiver.__exit__)
+        statuses, started = set(), time.monotonic()
+        while 503 not in statuses and time.monotonic() - started < 20:
+            statuses.add(receiver.deliver(new_body(filler="x" * 3000)).status)
+        self.assertEqual(statuses, {200, 503})
+        self.assertEqual(receiver.deliver().status, 503)
+        return receiver
+
+
+class Stalls(unittest.TestCase):
+    def wait_for_requests_in_flight(self, receiver, count):
+        expected = b"in_flight %d\n" % (count + 1)  # the question is one of them
+        deadline_poll(
+            lambda: expected in receiver.request(HEALTH.replace(b"health", b"metrics")).body
+        )
+
+    @unittest.skipUnless(os.path.exists("/proc/self/stat"), "needs /proc")
+    def test_while_the_reader_of_stdout_stalls_senders_that_go_on_or_go_away_cost_nothing(self):
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        self.addCleanup(os.close, writing)
+        with Receiver(config_of(request_timeout_seconds=0.8), stdout=writing) as receiver:
+            first = receiver.connect()
+            first.send(good(new_body(filler="x" * (1 << 19))))  # more than a pipe holds
+            deadline_poll(lambda: not select.select([], [writing], [], 0)[1])  # the pipe is full
+            connections = [receiver.connect() for _ in range(20)]
+            for number, connection in enumerate(connections):
+                connection.send(good() + b"GET /health HTTP/1.1\r\n" * (number % 2))
+            for number, connection in enumerate(connections):
+                if number % 3 == 0:
+                    connection.socket.shutdown(socket.SHUT_WR)
+            self.wait_for_requests_in_flight(receiver, 21)
+            before, started = cpu_seconds(receiver), time.monotonic()
+            self.assertEqual(first.read().status, 503)
+            self.assertLess(cpu_seconds(receiver) - before, (time.monotonic() - started) / 4 + 0.1)
+            for connection in connections:
+                self.assertEqual(connection.read().status, 503)
+            for connection in [first, *connections]:
+                connection.socket.close()
+
+    def test_senders_that_read_no_answers_hold_up_nobody(self):
+        with Receiver(config_of(request_timeout_seconds=1)) as receiver:
+            deaf = [receiver.connect() for _ in range(3)]
+            for connection in deaf:
+                connection.socket.setblocking(False)
+            asked = raw_request("GET", "/metrics", length=False) * 2000
+            sent = 1
+            while sent:  # until neither side has room for more
+                sent = 0
+                for connection in deaf:
+                    try:
+                        sent += connection.socket.send(asked)
+                    except OSError:
+                        pass
+                self.assertEqual(receiver.deliver().status, 200)
+            self.assertEqual(receiver.request(HEALTH).status, 200)
+            for connection in deaf:
+                connection.socket.close()
+
+
+class Floods(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.receiver = Receiver().__enter__()
+        cls.addClassCleanup(cls.receiver.__exit__)
+
+    def flood(self, data):
+        """Send `data` again and again on one connection, read the answers, and see that others are served."""
+        receiver = self.receiver
+        with receiver.connect() as connection:
+            stopped = threading.Event()
+
+            def write():
+                with contextlib.suppress(OSError):
+                    while not stopped.is_set():
+                        connection.send(data)
+
+            def read():
+                with contextlib.suppress(OSError):
+                    while connection.socket.recv(1 << 16):
+                        pass
+
+            threads = [threading.Thread(target=write), threading.Thread(target=read)]
+            for thread in threads:
+                thread.start()
+            try:
+                for _ in range(10):
+                    with (
+                        receiver.connect(timeout=2) as asking,
+                        receiver.connect(timeout=2) as delivering,
+                    ):
+                        asking.send(HEALTH)
+                        delivering.send(good())
+                        for other in (asking, delivering):
+                            self.assertEqual(other.read().status, 200)
+            finally:
+                stopped.set()
+                connection.socket.shutdown(socket.SHUT_RDWR)
+                for thread in threads:
+                    thread.join(10)
+
+    def test_a_sender_that_never_pauses_holds_up_nobody(self):
+        forged = raw_request(headers=central_headers(b"{}", token="another"), body=b"{}")
+        kinds = {"forged": forged * 500, "repeated": good() * 500, "asked": HEALTH * 500}
+        kinds["nothing"] = b"\r\n" * 100_000
+        for kind, data in kinds.items():
+            with self.subTest(kind):
+                self.flood(data)
+
+    def test_bodies_in_chunks_of_one_byte_hold_up_nobody(self):
+        head = raw_request(headers={"Transfer-Encoding": "chunked"}, length=False)
+        self.flood(head + b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n")
