@@ -37,7 +37,7 @@ HEALTH_CHECK = (
     "c.request('GET', '/health'); exit(c.getresponse().status != 200)"
 )
 
-# $1: the volume, then the command. It gets all that happens before PID 1 of a container starts.
+# Prepares a container as an engine does, and becomes its PID 1. $1: the volume; $2...: the command.
 CONTAINER = r"""#!/bin/sh
 set -e
 volume=$1
@@ -68,7 +68,7 @@ class ContainerTest(unittest.TestCase):
     def setUpClass(cls):
         for program in ("unshare", "nsenter", "setpriv", "setsid", "mount"):
             parts.need_program(program)
-        # not this Python, which may be in a folder that only its owner can enter
+        # sys.executable may be in a folder that only its owner can enter
         python = parts.need(
             "a Python for all users", lambda: shutil.which("python3", path="/usr/bin")
         )
@@ -94,7 +94,7 @@ class ContainerTest(unittest.TestCase):
         return Receiver(config, python=self.command, program=self.image / PROGRAM.name)
 
     def first_process(self, receiver):
-        """Return the PID, as seen from outside, of what is PID 1 inside."""
+        """Return the outer PID of the process that is PID 1 inside."""
         parent = receiver.process.pid
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         self.assertEqual(1, len(children))
@@ -177,7 +177,7 @@ class ContainerTest(unittest.TestCase):
         if len(os.sched_getaffinity(0)) < 2:
             self.skipTest("there is only one processor")
         seen = set()
-        for _ in range(8):  # all 24 on one of two processors: once in eight million runs
+        for _ in range(8):  # by chance, 24 of 24 choose the same of two once in 8 million runs
             with at_once(*(self.container() for _ in range(3))) as receivers:
                 for receiver in receivers:
                     found = os.sched_getaffinity(self.first_process(receiver))

@@ -344,6 +344,20 @@ class DeliveryTest(unittest.TestCase):
             with self.subTest(length):
                 self.assertEqual(414, PROXY.deliver(path=f"{PATH}?{'x' * length}").status)
 
+    def test_a_malformed_request_is_never_a_5xx(self):
+        for request, status in (
+            (b"GARBAGE\r\n\r\n", 400),
+            (b"POST /%zz HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+            (b"POST /../.. HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+            (b"post / HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+            (b"POST / HTTP/1.1\r\n\r\n", 400),
+            (b"POST /refused-by-nginx HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        ):
+            with self.subTest(request):
+                answer = PROXY.request(request)
+                expected = (status, {"error": f"{status} by nginx"})
+                self.assertEqual(expected, (answer.status, answer.json))
+
     def test_plain_http_is_led_to_https_and_to_nothing_else(self):
         for path in (PATH, PATH + "?a=b", "/health", "/"):
             for host in ("localhost", "evil.example"):
