@@ -1461,7 +1461,8 @@ class LogFile:
         try:
             if sys.platform != "win32":
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.lseek(self.descriptor, 0, os.SEEK_END):
+            self.size = os.lseek(self.descriptor, 0, os.SEEK_END)
+            if self.size:
                 os.lseek(self.descriptor, -1, os.SEEK_END)
                 if os.read(self.descriptor, 1) != b"\n":
                     self.line_end = b"\n"
@@ -1489,6 +1490,7 @@ class LogFile:
                 written += os.write(self.descriptor, data[written:])
         except OSError as error:
             failure = f"{self.path}: {error.strerror}"
+        self.size += written
         if not written:
             return 0, failure
         stored = data.count(b"\n", len(self.line_end), written)
@@ -1626,8 +1628,11 @@ class Output:
         """Open the log at `path` unless it is open. Raises OutputError; the old one stays then."""
         old = self.log_file
         if old and old.path == path:
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path), os.fstat(old.descriptor)):
+            with contextlib.suppress(OSError):
+                status = os.fstat(old.descriptor)
+                if os.path.samestat(os.stat(path), status):
+                    if status.st_size != old.size:  # another program has cut it, or written to it
+                        old.line_end = b"\n"
                     return
             log.info("%s: moved, deleted or replaced, so it is opened again", path)
         self.log_file = LogFile(path) if path else None
@@ -1918,7 +1923,7 @@ class Option(NamedTuple):
     is_secret: bool = False
 
 
-TEXT = Option("a string", parse_text)
+TEXT = Option("a printable string that is not empty", parse_text)
 OBJECT = Option("an object")
 SECRETS = Option("a secret or an array of secrets", parse_secrets, is_secret=True)
 PATH = r"a path (in JSON, \\ stands for one backslash)"
@@ -2314,7 +2319,8 @@ def check_webhooks(
         except Refusal as refusal:
             refusals.append(refusal)
     order = ("signature", "api_key", "oidc", "provider")
-    raise max(refusals, key=lambda refusal: order.index(refusal.reason))
+    # Of webhooks that share a path, the one whose headers are there is probably the one meant.
+    raise max(refusals, key=lambda one: (order.index(one.reason), "missing" not in str(one)))
 
 
 def make_delivery(
@@ -2344,12 +2350,13 @@ def diagnose(request: Request, webhooks: Sequence[ActiveWebhook], now: float) ->
     """
     is_classic = "x-central-signature" in request.headers
     is_new = "signature-input" in request.headers
+    types = {webhook.config.type for webhook in webhooks}
+    if is_new and not is_classic and "central" in types and "new-central" not in types:
+        return 'looks like new Central, which needs "type": "new-central"'
+    if is_classic and not is_new and "new-central" in types and "central" not in types:
+        return 'looks like classic Central, which needs "type": "central"'
     for webhook in webhooks:
         config = webhook.config
-        if is_new and not is_classic and config.type == "central":
-            return 'looks like new Central, which needs "type": "new-central"'
-        if is_classic and not is_new and config.type == "new-central":
-            return 'looks like classic Central, which needs "type": "central"'
         with contextlib.suppress(SignatureError):
             former = replace(config, tokens=webhook.former_tokens)
             check_signature(former, request, now)
@@ -2764,7 +2771,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.wfile.write(head if request.method == "HEAD" else head + body)
         self.stream.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
         log.debug("%d to %s: %s", status, self.client_address, body[:100])
-        if is_refusal or (self.close_connection and server.is_stopping):
+        if (is_refusal and status != 408) or (self.close_connection and server.is_stopping):
             self.linger()
 
     def refuse(self, refusal: Refusal) -> None:
@@ -3093,10 +3100,13 @@ def inherited_socket() -> Optional[socket.socket]:
         return None
     if count != "1":
         raise StartError(f"LISTEN_FDS: expected 1, found {count}: use a single ListenStream= line")
-    inherited = socket.socket(fileno=3)
-    if not inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise StartError("LISTEN_FDS: the inherited socket does not listen")
-    return inherited
+    try:
+        inherited = socket.socket(fileno=3)
+        if inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return inherited
+    except OSError as error:
+        raise StartError(f"LISTEN_FDS: descriptor 3: {error.strerror}") from None
+    raise StartError("LISTEN_FDS: the inherited socket does not listen")
 
 
 def reload_config(server: WebhookServer, path: str) -> None:

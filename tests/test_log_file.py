@@ -292,6 +292,15 @@ class HalfLines(LogCase):
                     self.assertTrue(data.startswith(start + half + b"\n{"))
                     self.assertEqual(self.read_log(logs[name])[-1]["webhook"], "noc")
 
+    def test_a_log_that_another_program_has_cut_goes_on_with_a_line_of_its_own(self):
+        with self.receiver() as receiver:
+            self.assertEqual(receiver.deliver().json, OK)
+            os.truncate(self.log, self.log.stat().st_size - 20)
+            self.assertEqual(receiver.deliver().json, OK)
+            half, whole = self.log.read_bytes().splitlines()
+        self.assertRaises(ValueError, json.loads, half)
+        self.assertEqual(json.loads(whole)["webhook"], "noc")
+
     def test_a_whole_line_that_lacks_its_line_feed_is_remembered(self):
         (_, _, first), (body, headers, last), _ = kept_deliveries()
         self.log.write_bytes(first + last[:-1])

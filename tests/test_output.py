@@ -708,6 +708,28 @@ class Hints(LogTestCase):
                         if other != name:
                             self.assertNotIn(other.lower(), line.lower())
 
+    def test_of_two_types_on_one_path_the_one_that_is_meant_is_named(self):
+        url = "https://central.example.com/both"
+        receiver = Receiver(
+            config_of(
+                webhook=[
+                    {"name": "noc", "path": "/both", "token": TOKEN},
+                    {"name": "new", "type": "new-central", "token": TOKEN, "public_url": url},
+                ]
+            )
+        ).__enter__()
+        self.addCleanup(receiver.__exit__)
+        covered = f'("@method" "@target-uri" "date");created={int(time.time())}'
+        fields = {"Signature-Input": f"s={covered}", "Signature": "s=:AAAA:", "Date": "x"}
+        receiver.post(b"{}", fields, "/both")
+        self.assertIn("'new': signature: signature does not", receiver.wait_for_log("WARNING 401"))
+        body = new_body()
+        lines = len(receiver.stderr_lines)
+        receiver.post(body, central_headers(body, token="another"), "/both")
+        line = receiver.wait_for_log("WARNING 401", start=lines)
+        self.assertIn("'noc': signature: x-central-signature does not match", line)
+        self.assertNotIn("looks like", line)
+
     def test_a_clock_that_is_off_is_named_with_by_how_much(self):
         receiver = self.shared
         body = self.body()

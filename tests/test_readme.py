@@ -240,7 +240,7 @@ class ReferenceTest(unittest.TestCase):
                 by_nginx |= set(statuses.split(", "))
         self.assertEqual(expected, found)
         text = NGINX.read_text(encoding="utf-8")
-        (listed,) = re.findall(r"error_page (400 .+) @refused;", text)
+        (listed,) = re.findall(r"error_page (400 .+) /refused-by-nginx;", text)
         unlisted = {status for status in by_nginx if f"return {status} " in text}
         self.assertEqual(set(), by_nginx - set(listed.split()) - unlisted)
 
