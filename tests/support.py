@@ -1,4 +1,4 @@
-"""What the tests share: a receiver as a real process on a free port, signing of our own, raw HTTP."""
+"""What the tests share: a receiver as a real process on a free port, signing, raw HTTP."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class Connection:
         return Answer(status, headers, body)
 
     def is_closed(self):
-        """Wait for the end of the stream; False if something else comes, or nothing within the time-out."""
+        """Wait for the end of the stream; False if something else comes, or nothing in time."""
         try:
             return not self.buffer and self.socket.recv(1) == b""
         except ConnectionError:
@@ -198,8 +198,8 @@ def compiled_program():
 class Receiver:
     """A running receiver: its process, port, and what it printed so far.
 
-    The constructor starts the process, and `with` waits until it listens. Python's -S: nothing but the standard
-    library, and nothing that this machine loads into every Python.
+    The constructor starts the process, and `with` waits until it listens. Python's -S: nothing but
+    the standard library, and nothing that this machine loads into every Python.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class Receiver:
         return self.post(body, central_headers(body, **signing))
 
     def wait(self, seconds=10):
-        """Wait until the process has ended and all that it printed is there; return the exit code."""
+        """Wait for the end of the process and of its output; return the exit code."""
         end = time.monotonic() + seconds
         for thread in (
             self._threads
@@ -341,7 +341,7 @@ def run_at_once(*runs, **options):
 
 @contextlib.contextmanager
 def captured_stderr():
-    """Collect what this process writes to its descriptor 2; the value is a function that returns it as text."""
+    """Collect what this process writes to descriptor 2; the value is a function that returns it."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         saved = os.dup(2)
@@ -398,7 +398,9 @@ class ServedTest(unittest.TestCase):
         self.assertEqual("allow" in answer.headers, status == 405)
 
     def assert_status(self, raw, status):
-        """Send a request whole; after 200 and 401 the connection goes on, after all others it is closed."""
+        """Send a request whole; after 200 and 401 the connection goes on, after all others it is
+        closed.
+        """
         with self.receiver.connect() as connection:
             connection.send(raw)
             answer = connection.read()

@@ -31,7 +31,8 @@ from tests.test_config import SECRET, Called, hook, web
 # ---- Starts that fail, and those that do not -------------------------------------------------
 
 
-# Control characters but for line feed, bidi controls, other separators of lines, surrogates, zero width.
+# Control characters but for line feed, bidi controls, other separators of lines, surrogates, zero
+# width.
 HARMFUL = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
@@ -39,7 +40,9 @@ HARMFUL = re.compile(
 
 class Starts(Called):
     def assert_cannot_serve(self, cases):
-        """Start a receiver for each name in `cases` with its configuration; each must end and say the name."""
+        """Start a receiver for each name in `cases` with its configuration; each must end and say
+        the name.
+        """
         for name, (_, code, stdout, stderr) in zip(cases, self.run_with_each(*cases.values())):
             with self.subTest(name):
                 self.assertEqual((code, stdout), (1, ""), stderr)
@@ -68,7 +71,9 @@ class Starts(Called):
 
 
 class Started(Called):
-    """One receiver whose configuration is right and unusual: what can be seen of it from outside."""
+    """One receiver whose configuration is right and unusual: what can be seen of it from
+    outside.
+    """
 
     @classmethod
     def setUpClass(cls):

@@ -1,4 +1,6 @@
-"""The configuration: every mistake has one line that names its key, all at once, and never a traceback."""
+"""The configuration: every mistake has one line that names its key, all at once, and never a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -96,14 +98,18 @@ class Called(unittest.TestCase):
         return code, stdout.getvalue(), said
 
     def run_at_once(self, *runs):
-        """Return exit code, stdout and stderr of processes that end by themselves, for each list of arguments."""
+        """Return exit code, stdout and stderr of processes that end by themselves, for each list of
+        arguments.
+        """
         results = run_at_once(*runs)
         for _, stdout, stderr in results:
             self.assert_clean(stdout, stderr)
         return results
 
     def run_with_each(self, *configs):
-        """Return path, exit code, stdout and stderr of a process for each of these configurations."""
+        """Return path, exit code, stdout and stderr of a process for each of these
+        configurations.
+        """
         paths = [self.folder / f"{number}.json" for number in range(len(configs))]
         for path, config in zip(paths, configs):
             self.write(config, path=path)
@@ -117,7 +123,9 @@ class Called(unittest.TestCase):
         return self.call(f"-i={self.path}", "--check-config")
 
     def mistakes(self, config):
-        """Return what is said of a wrong configuration, line by line, without what all begin with."""
+        """Return what is said of a wrong configuration, line by line, without what all begin
+        with.
+        """
         code, stdout, stderr = self.check(config)
         self.assertEqual((code, stdout), (78, ""), stderr)
         prefix = f"central_webhook_client.py: error: {self.path}: "
@@ -505,7 +513,8 @@ class Mistakes(Called):
                 self.assertEqual(len(self.mistakes(web(**{name: 1}))), 1)
 
     def test_keys_that_occur_twice_are_found_in_linear_time(self):
-        # A hint looks at forged bodies with the same function; comparing each key with each takes minutes.
+        # A hint looks at forged bodies with the same function; comparing each key with
+        # each takes minutes.
         members = ",".join(f'"{number}":1' for number in range(100_000))
         value, twice = product.parse_json(f"{{{members},{members}}}")
         self.assertEqual((100_000, sorted(value)), (len(twice), twice))
@@ -824,7 +833,8 @@ class Placeholders(Called):
                     code, _, stderr = self.call("-i", str(self.path), "--check-config")
                     self.assertEqual((code, stderr.count("\n")), (78, 1), stderr)
                     self.assertIn(
-                        f"{HOOK}.{key}: expected a secret or an array of secrets, found a placeholder",
+                        f"{HOOK}.{key}: expected a secret or an array of secrets, "
+                        "found a placeholder\n",
                         stderr,
                     )
 

@@ -403,7 +403,8 @@ class OwnCode(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         program = Path(folder.name, "own.py")
-        head = f"import sys\nsys.path.insert(0, {str(TOP)!r})\nimport central_webhook_client as client\n"
+        head = f"import sys\nsys.path.insert(0, {str(TOP)!r})\n"
+        head += "import central_webhook_client as client\n"
         program.write_text(f"{head}{lines}\nsys.exit(client.main())\n")
         return Receiver(config_of(**webclient_info), arguments, program=program)
 
@@ -423,7 +424,8 @@ class OwnCode(unittest.TestCase):
         self.assertFalse([line for line in receiver.stderr_lines if "Traceback" in line])
 
     def test_a_traceback_holds_nothing_unescaped(self):
-        lines = "def own(delivery):\n    raise ValueError(delivery.payload['text'])\nclient.handle_alert = own"
+        lines = "def own(delivery):\n    raise ValueError(delivery.payload['text'])\n"
+        lines += "client.handle_alert = own"
         with self.start(lines, "--verbose") as receiver:
             body = new_body(text="\x1b[2J\u202e\n2026-01-01T00:00:00.000Z forged")
             self.assertEqual(200, receiver.deliver(body).status)
@@ -467,7 +469,7 @@ class OwnCode(unittest.TestCase):
     def test_a_thread_that_cannot_be_started_is_started_later(self):
         lines = (
             "import os, threading\noriginal = threading.Thread.start\ndef start(self):\n"
-            "    if os.path.exists('full'):\n        raise RuntimeError(\"can't start new thread\")\n"
+            "    if os.path.exists('full'):\n        raise RuntimeError('no more threads')\n"
             "    original(self)\nthreading.Thread.start = start"
         )
         with self.start(lines, log_file="deliveries.log") as receiver:
@@ -482,7 +484,8 @@ class OwnCode(unittest.TestCase):
     def test_a_reload_while_the_disk_hangs_says_so_and_keeps_the_old_configuration(self):
         lines = (
             "import os, time\noriginal = os.fdatasync\ndef sync(log):\n"
-            "    while os.path.exists('hang'):\n        time.sleep(0.01)\n    original(log)\nos.fdatasync = sync"
+            "    while os.path.exists('hang'):\n        time.sleep(0.01)\n    original(log)\n"
+            "os.fdatasync = sync"
         )
         with self.start(lines, log_file="deliveries.log", request_timeout_seconds=0.1) as receiver:
             (receiver.folder / "hang").touch()

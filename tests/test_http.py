@@ -1,4 +1,6 @@
-"""HTTP as section 7 of the contract has it, and the way of a delivery: raw requests in, statuses out."""
+"""HTTP as section 7 of the contract has it, and the way of a delivery: raw requests in, statuses
+out.
+"""
 
 from __future__ import annotations
 

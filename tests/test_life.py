@@ -36,7 +36,8 @@ from tests.support import (
 NEW_TOKEN = "token-after-the-rotation"
 TRAFFIC_ERRORS = (OSError, EOFError)  # a connection that is refused, reset, closed or silent
 
-# The socket comes as standard input, since a shell can name that descriptor; systemd passes it as number 3.
+# The socket comes as standard input, since a shell can name that descriptor; systemd passes it as
+# number 3.
 PASS_SOCKET = """#!/bin/sh
 exec 3<&0 </dev/null
 export LISTEN_FDS=1 LISTEN_PID=${FOREIGN_PID:-$$}
@@ -66,8 +67,10 @@ def is_refused(port):
 class Senders:
     """Threads that deliver as Central does; every second one keeps its connection.
 
-    With `repeat`, what got no 200 is sent again, in turn as the same bytes and signed anew; without it, a
-    sender ends at its first failure. `accepted` holds the delivery IDs that got a 200, `statuses` counts the
+    With `repeat`, what got no 200 is sent again, in turn as the same bytes and signed anew;
+    without it, a
+    sender ends at its first failure. `accepted` holds the delivery IDs that got a 200,
+    `statuses` counts the
     answers, and `errors` the connections that gave none.
     """
 
@@ -128,7 +131,9 @@ class Senders:
             connection.socket.close()
 
     def _send(self, connection, data, keep_alive):
-        """Send a request; return its status (0: no answer), and the connection if it may be used again."""
+        """Send a request; return its status (0: no answer), and the connection if it may be used
+        again.
+        """
         try:
             connection = connection or Connection(self.port)
             connection.send(data)
@@ -179,7 +184,9 @@ class LifeCase(unittest.TestCase):
         deadline_poll(is_refused, message="still accepts connections")
 
     def begin_request(self, receiver, token=TOKEN):
-        """Send a signed delivery but for its last byte; return connection, last byte and delivery ID."""
+        """Send a signed delivery but for its last byte; return connection, last byte and delivery
+        ID.
+        """
         body = new_body()
         headers = central_headers(body, token)
         data = raw_request(headers=headers, body=body)

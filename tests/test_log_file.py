@@ -87,7 +87,9 @@ def new_central_headers(created, token=TOKEN):
 
 @functools.lru_cache(maxsize=None)
 def kept_deliveries():
-    """Have a receiver keep three deliveries, two of "noc" and one of "fabric"; return (body, headers, log line)s."""
+    """Have a receiver keep three deliveries, two of "noc" and one of "fabric"; return (body,
+    headers, log line)s.
+    """
     webhooks = [
         {"name": "noc", "path": PATH, "token": TOKEN},
         {"name": "fabric", "type": "ip-fabric", "path": "/fabric", "token": TOKEN},
@@ -120,7 +122,9 @@ class LogCase(unittest.TestCase):
         return Receiver(config_of(webhook=webhook, log_file=str(log or self.log)), **options)
 
     def read_log(self, log=None):
-        """Return the parsed lines, as a reader does: what is not JSON is a half line, passed over."""
+        """Return the parsed lines, as a reader does: what is not JSON is a half line, passed
+        over.
+        """
         found = []
         for line in (log or self.log).read_bytes().split(b"\n")[:-1]:
             with contextlib.suppress(ValueError):
@@ -128,7 +132,9 @@ class LogCase(unittest.TestCase):
         return found
 
     def assert_end_with_1(self, logs):
-        """Start a receiver for each of these log files, all at once: none can serve, each names its file."""
+        """Start a receiver for each of these log files, all at once: none can serve, each names its
+        file.
+        """
         receivers = {name: self.receiver(log=log) for name, log in logs.items()}
         for receiver in receivers.values():
             self.addCleanup(receiver.__exit__)

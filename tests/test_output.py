@@ -1,4 +1,6 @@
-"""What is written: alerts on stdout, all else on stderr, and nothing that a sender wrote does harm there."""
+"""What is written: alerts on stdout, all else on stderr, and nothing that a sender wrote does harm
+there.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ try:
 except ImportError:  # Windows
     pty = None
 
-# Control characters but for line feed, bidi controls, other separators of lines, surrogates, zero width.
+# Control characters but for line feed, bidi controls, other separators of lines, surrogates, zero
+# width.
 HARMFUL = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
@@ -107,7 +110,8 @@ class JsonLines(unittest.TestCase):
         )
         expected = (
             f'{{"received_at": "{found["received_at"]}", "webhook": "noc", "type": "central", '
-            f'"delivery_id": "72d3162e", "sent_at": "{found["sent_at"]}", "alert": {body.decode()}}}'
+            f'"delivery_id": "72d3162e", "sent_at": "{found["sent_at"]}", '
+            f'"alert": {body.decode()}}}'
         )
         self.assertEqual(line, expected)
         self.assertTrue(logged.startswith(line[:-1] + ', "key": "'), logged)
@@ -490,7 +494,9 @@ class PrettyProcess(unittest.TestCase):
                         self.assertEqual(json.loads(plain)["alert"]["end"], "the end")
 
     def on_terminal(self, receiver, master):
-        """Deliver an alert to a receiver whose stdout is a terminal; return what was written there."""
+        """Deliver an alert to a receiver whose stdout is a terminal; return what was written
+        there.
+        """
         body = json.dumps({**ALERT, "hostile": "\x1b[2J\u202e", "end": "the end"}).encode()
         self.assertEqual(receiver.deliver(body).status, 200)
         data, end = b"", time.monotonic() + 10
@@ -530,7 +536,9 @@ class LogTestCase(unittest.TestCase):
                     self.assertNotIn(secret, line)
 
     def rejected(self, receiver, raw, *patterns, status=401):
-        """Send until it has a line of its own, which the limit of lines a second may delay; return it."""
+        """Send until it has a line of its own, which the limit of lines a second may delay; return
+        it.
+        """
         self.signatures.update(
             match[1].decode()
             for match in re.finditer(rb"Signature: (?:sig1=)?:?([^:\r]{20,})", raw)
@@ -668,7 +676,9 @@ class Hints(LogTestCase):
 
     @classmethod
     def setUpClass(cls):
-        """Start two receivers, each for tests that make ten lines at most; the others have one each."""
+        """Start two receivers, each for tests that make ten lines at most; the others have one
+        each.
+        """
         url = "https://central.example.com/new"
         webhooks = [
             {"name": "noc", "path": PATH, "token": TOKEN},

@@ -60,7 +60,9 @@ class LogCase(unittest.TestCase):
         return Receiver(config_of(webhook=webhook, log_file=str(log or self.log)), **options)
 
     def read_log(self, log=None):
-        """Return the parsed lines, as a reader does: what is not JSON is a half line, passed over."""
+        """Return the parsed lines, as a reader does: what is not JSON is a half line, passed
+        over.
+        """
         found = []
         for line in (log or self.log).read_bytes().split(b"\n")[:-1]:
             with contextlib.suppress(ValueError):
@@ -68,7 +70,9 @@ class LogCase(unittest.TestCase):
         return found
 
     def assert_end_with_1(self, logs):
-        """Start a receiver for each of these log files, all at once: none can serve, each names its file."""
+        """Start a receiver for each of these log files, all at once: none can serve, each names its
+        file.
+        """
         receivers = {name: self.receiver(log=log) for name, log in logs.items()}
         for receiver in receivers.values():
             self.addCleanup(receiver.__exit__)
@@ -101,7 +105,9 @@ def entrupy_headers(body, token=TOKEN):
 
 @functools.lru_cache(maxsize=None)
 def kept_deliveries():
-    """Have a receiver keep three deliveries, two of "noc" and one of "fabric"; return (body, headers, log line)s."""
+    """Have a receiver keep three deliveries, two of "noc" and one of "fabric"; return (body,
+    headers, log line)s.
+    """
     webhooks = [
         {"name": "noc", "path": PATH, "token": TOKEN},
         {"name": "fabric", "type": "ip-fabric", "path": "/fabric", "token": TOKEN},
@@ -222,7 +228,9 @@ class TimeStamps(unittest.TestCase):
 
 
 class Memory(LogCase):
-    """Nothing is accepted twice (section 6 of the contract); one receiver for those that need no special one."""
+    """Nothing is accepted twice (section 6 of the contract); one receiver for those that need no
+    special one.
+    """
 
     @classmethod
     def setUpClass(cls):

@@ -71,7 +71,9 @@ class FaultCase(unittest.TestCase):
         return [line["delivery_id"] for line in self.parse(self.log.read_bytes())]
 
     def parse(self, data):
-        """Return the parsed lines, as a reader does: what is not JSON is a half line, passed over."""
+        """Return the parsed lines, as a reader does: what is not JSON is a half line, passed
+        over.
+        """
         lines = []
         for line in data.split(b"\n")[:-1]:
             with contextlib.suppress(ValueError):
@@ -169,7 +171,9 @@ class Stdout(FaultCase):
         return os.read(self.read_end, size)
 
     def read_on(self):
-        """Read stdout from now on in a thread; return the thread and the growing list of what it read."""
+        """Read stdout from now on in a thread; return the thread and the growing list of what it
+        read.
+        """
         parts = []
 
         def read():
@@ -363,7 +367,9 @@ class Descriptors(FaultCase):
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def raise_descriptor_limit(self, wanted):
-        """Let this process, and what it starts, open so many files; skip where that is not allowed."""
+        """Let this process, and what it starts, open so many files; skip where that is not
+        allowed.
+        """
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft == resource.RLIM_INFINITY or soft >= wanted:
             return
@@ -532,7 +538,9 @@ class Terminals(unittest.TestCase):
             self.assertEqual(receiver.wait(), 0)
 
     def with_stalled_stderr(self):
-        """Deliver to a receiver whose stderr nobody reads until its pipe is more than full; return it."""
+        """Deliver to a receiver whose stderr nobody reads until its pipe is more than full; return
+        it.
+        """
         read_end, write_end = os.pipe()
         if hasattr(fcntl, "F_SETPIPE_SZ"):
             fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
@@ -550,7 +558,9 @@ class Terminals(unittest.TestCase):
         return receiver
 
     def with_stalled_terminal(self):
-        """Deliver to a receiver whose stdout is a terminal until that stalls, which means 503; return it."""
+        """Deliver to a receiver whose stdout is a terminal until that stalls, which means 503;
+        return it.
+        """
         master, slave = pty.openpty()
         self.addCleanup(os.close, master)
         self.addCleanup(os.close, slave)
@@ -622,7 +632,9 @@ class Floods(unittest.TestCase):
         cls.addClassCleanup(cls.receiver.__exit__)
 
     def flood(self, data):
-        """Send `data` again and again on one connection, read the answers, and see that others are served."""
+        """Send `data` again and again on one connection, read the answers, and see that others are
+        served.
+        """
         receiver = self.receiver
         with receiver.connect() as connection:
             stopped = threading.Event()

@@ -1,18 +1,20 @@
 """Measure the receiver beside what one would build instead, and print one Markdown table.
 
-    python3 -m tests.benchmark [--quick] [--rounds N] [--deliveries N] [--only FIGURE ...] [--old FILE]
+    python3 -m tests.benchmark [--quick] [--rounds N] [--deliveries N] [--only FIGURE ...]
+        [--old FILE]
 
-Side by side: our program; FastAPI on uvicorn (one worker, httptools, uvloop); a naive http.server; and
-the floor, an epoll loop in Python with next to no HTTP. All do the same job (job.py): verify a POST of
-classic Central with a body of 1.2 KB, remember it, write its line to stdout (a file), answer 200. The
-servers take turns within each round, on the same signed deliveries; a ratio is taken within a round, and
-the table has the medians over the rounds. Every delivery is different; every answer is checked, and
-every 200 must have exactly one line in the server's output.
+Side by side: our program; FastAPI on uvicorn (one worker, httptools, uvloop); a naive
+http.server; and the floor, an epoll loop in Python with next to no HTTP. All do the same job
+(job.py): verify a POST of classic Central with a body of 1.2 KB, remember it, write its line to
+stdout (a file), answer 200. The servers take turns within each round, on the same signed
+deliveries; a ratio is taken within a round, and the table has the medians over the rounds.
+Every delivery is different; every answer is checked, and every 200 must have exactly one line
+in the server's output.
 
-CPU is user and system time of the server's process alone, read from its CPU clock before and after the
-load. The load comes from load.c, compiled when it is needed. Needs Linux, a C compiler, PyPI (once: the
-peers go into a virtual environment of their own) and, for the figures behind a proxy, nginx; Python 3.11
-or newer for the peers.
+CPU is user and system time of the server's process alone, read from its CPU clock before and
+after the load. The load comes from load.c, compiled when it is needed. Needs Linux, a C
+compiler, PyPI (once: the peers go into a virtual environment of their own) and, for the figures
+behind a proxy, nginx; Python 3.11 or newer for the peers.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ def sign_delivery(number, path=PATH, token=TOKEN, close=False, body_bytes=BODY_B
     signed = body + f"{service}{delivery_id(number)}{stamp}".encode()
     signature = base64.b64encode(hmac.new(token.encode(), signed, hashlib.sha256).digest()).decode()
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: webhooks.example.com\r\nUser-Agent: python-requests/2.31.0\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: webhooks.example.com\r\n"
+        "User-Agent: python-requests/2.31.0\r\n"
         "Accept-Encoding: gzip, deflate\r\nAccept: */*\r\n"
         f"{'Connection: close' + chr(13) + chr(10) if close else ''}"
         f"Content-Type: application/json\r\nX-Central-Service: {service}\r\n"
@@ -127,7 +130,9 @@ def free_port():
 
 
 def cpu_seconds(pid):
-    """Return user and system time of a process, all its threads included (clock_getcpuclockid(3))."""
+    """Return user and system time of a process, all its threads included
+    (clock_getcpuclockid(3)).
+    """
     return time.clock_gettime((~pid << 3) | 2)
 
 
@@ -138,7 +143,9 @@ def memory_of(pid, name):
 
 
 class Server:
-    """One running server: its process, port, output, and the deliveries that it has answered with 200."""
+    """One running server: its process, port, output, and the deliveries that it has answered with
+    200.
+    """
 
     def __init__(self, bench, kind, webhooks=None, log_file=False, max_connections=None):
         self.kind, self.port, self.answered = kind, free_port(), []
@@ -202,7 +209,9 @@ class Server:
         self.errors.close()
 
     def check_lines(self):
-        """Check that each delivery that was answered with 200 has exactly one line wherever it has to be."""
+        """Check that each delivery that was answered with 200 has exactly one line wherever it has
+        to be.
+        """
         for path in filter(None, (self.folder / "stdout", self.log_file)):
             found = collections.Counter(_ID.findall(path.read_bytes()))
             wrong = [number for number in self.answered if found[delivery_id(number).encode()] != 1]
@@ -228,7 +237,9 @@ class Load:
 
 
 class Bench:
-    """What all measurements share: options, tools, signed requests, and the samples taken so far."""
+    """What all measurements share: options, tools, signed requests, and the samples taken so
+    far.
+    """
 
     def __init__(self, options, folder):
         self.options, self.folder = options, folder
@@ -276,7 +287,9 @@ class Bench:
         port=None,
         all_200=True,
     ):
-        """Run the load generator; return a Load. With `all_200`, any other answer ends the benchmark."""
+        """Run the load generator; return a Load. With `all_200`, any other answer ends the
+        benchmark.
+        """
         count = self.options.deliveries if count is None else count
         answers = server.folder / "answers"
         before = cpu_seconds(server.pid)
@@ -432,7 +445,9 @@ def measure_close(bench, kinds):
 
 
 def measure_nginx(bench, kinds):
-    """Behind nginx, with our configuration and with a plain proxy_pass; kept alive towards nginx."""
+    """Behind nginx, with our configuration and with a plain proxy_pass; kept alive towards
+    nginx.
+    """
     file = bench.requests("open")
     for form in Proxy.forms():
         for kind in kinds(bench.rivals):
@@ -685,8 +700,9 @@ def notes_of(bench):
             if samples[0]:
                 accepted, refused, lost, peak = map(statistics.median, samples)
                 lines.append(
-                    f"- {kind}: 1,000 connections {title} with the default max_connections: {accepted:.0f} "
-                    f"answered 200, {refused:.0f} answered 503, {lost:.0f} lost, peak {peak:.1f} MiB"
+                    f"- {kind}: 1,000 connections {title} with the default max_connections: "
+                    f"{accepted:.0f} answered 200, {refused:.0f} answered 503, {lost:.0f} lost, "
+                    f"peak {peak:.1f} MiB"
                 )
     for kind in bench.kinds:
         sizes = [f"{statistics.median(after):.1f}" for after in zip(*bench.samples["flat", kind])]

@@ -1,7 +1,7 @@
 """What every peer of the benchmark does with a delivery: the receiver's job, without its niceties.
 
-It leaves out what the receiver does in addition (age, strict HTTP, metrics, several tokens), and it puts
-the body into its line as it came: a peer is measured at its best.
+It leaves out what the receiver does in addition (age, strict HTTP, metrics, several tokens),
+and it puts the body into its line as it came: a peer is measured at its best.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Job:
         self.order = collections.deque()
 
     def take(self, body, headers):
-        """Take one delivery; return the status and the answer. `headers.get` finds by lower-case name."""
+        """Take one delivery; return the status and the answer. `headers.get` finds by lower-case
+        name.
+        """
         signature = headers.get("x-central-signature", "").encode("latin-1")
         service = headers.get("x-central-service", "")
         delivery_id = headers.get("x-central-delivery-id", "")
@@ -52,8 +54,8 @@ class Job:
         except ValueError:
             text = "null"
         line = (
-            f'{{"received_at": "{time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}", "webhook": "noc", '
-            f'"type": "central", "delivery_id": {json.dumps(delivery_id)}, '
+            f'{{"received_at": "{time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}", '
+            f'"webhook": "noc", "type": "central", "delivery_id": {json.dumps(delivery_id)}, '
             f'"sent_at": {json.dumps(timestamp)}, "alert": {text}}}\n'
         )
         os.write(1, line.encode())

@@ -1,4 +1,6 @@
-"""Peer: FastAPI on uvicorn, one worker, httptools, uvloop, as their documentation shows it; no access log."""
+"""Peer: FastAPI on uvicorn, one worker, httptools, uvloop, as their documentation shows it; no
+access log.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""Peer: the floor. One thread, epoll, as little HTTP as gets an answer back: the least that Python costs."""
+"""Peer: the floor. One thread, epoll, as little HTTP as gets an answer back: the least that Python
+costs.
+"""
 
 import select
 import socket

@@ -1,4 +1,6 @@
-"""Peer: what one writes first with http.server: threads, HTTP/1.0, the email package's header parser."""
+"""Peer: what one writes first with http.server: threads, HTTP/1.0, the email package's header
+parser.
+"""
 
 import json
 import sys

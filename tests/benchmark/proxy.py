@@ -37,7 +37,9 @@ PLAIN = (
 
 
 def parse_directives(tokens):
-    """Return the directives of a block as pairs: words, and the directives of its own block or None."""
+    """Return the directives of a block as pairs: words, and the directives of its own block or
+    None.
+    """
     found, words = [], []
     for token in tokens:
         if token == "}":
@@ -51,7 +53,9 @@ def parse_directives(tokens):
 
 
 def adapt(directives, port, upstream):
-    """Take out TLS, the limits of rate and number, and the redirect; put in our ports; return the text."""
+    """Take out TLS, the limits of rate and number, and the redirect; put in our ports; return the
+    text.
+    """
     lines = []
     for words, block in directives:
         inner = {word[0]: word[1:] for word, _ in block or ()}
