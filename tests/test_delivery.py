@@ -30,49 +30,9 @@ from tests.support import (
     raw_request,
     share_receiver,
 )
+from tests.test_http import chunked, chunks, series, with_lines
 
 setUpModule = share_receiver
-
-
-def chunked(raw, body, *lines):
-    """Return a signed request for `body` whose bytes on the wire are `raw`."""
-    head = raw_request(headers=central_headers(body), body=b"", length=False)[:-2]
-    return (
-        head
-        + b"".join(line + b"\r\n" for line in (b"Transfer-Encoding: chunked", *lines))
-        + b"\r\n"
-        + raw
-    )
-
-
-def chunks(body, size):
-    """Encode a body in chunks of `size` bytes."""
-    parts = [body[start : start + size] for start in range(0, len(body), size)]
-    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
-
-
-def with_lines(*lines, body=None, length=True):
-    """Return a request like that of `good` with these header lines, as they are, at the end."""
-    body = new_body() if body is None else body
-    head = raw_request(headers=central_headers(body), body=b"", length=False)[:-2]
-    if length:
-        head += b"Content-Length: %d\r\n" % len(body)
-    return head + b"".join(line + b"\r\n" for line in lines) + b"\r\n" + body
-
-
-def series(receiver):
-    """Return {sample with its labels: value} of /metrics."""
-    answer = receiver.request(raw_request("GET", "/metrics", length=False))
-    assert answer.status == 200, answer.status
-    assert answer.headers["content-type"].startswith("text/plain"), answer.headers
-    lines = [
-        line
-        for line in answer.body.decode("ascii").splitlines()
-        if line and not line.startswith("#")
-    ]
-    pairs = [line.rsplit(" ", 1) for line in lines]
-    assert len(dict(pairs)) == len(pairs), "a series occurs twice"
-    return {name: float(value) for name, value in pairs}
 
 
 class Webhooks(ServedTest):

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import functools
-import hashlib
-import hmac
 import json
 import os
 import re
 import select
 import signal
-import tempfile
 import threading
 import time
 import unittest
-from pathlib import Path
 
 import central_webhook_client as product
 from tests.support import (
@@ -32,99 +25,15 @@ from tests.support import (
     now_stamp,
     raw_request,
 )
-
-URL = "https://www.example.com/centralwebhook"
-
-
-def new_central_headers(created, token=TOKEN):
-    """Sign as new Central does: not the body, only where it goes and when."""
-    parameters = f'("@method" "@target-uri");created={int(created)};alg="hmac-sha256"'
-    base = f'"@method": POST\n"@target-uri": {URL}\n"@signature-params": {parameters}'
-    digest = hmac.new(token.encode(), base.encode(), hashlib.sha256).digest()
-    return {
-        "Signature-Input": f"sig1={parameters}",
-        "Signature": f"sig1=:{base64.b64encode(digest).decode()}:",
-    }
-
-
-class LogCase(unittest.TestCase):
-    """A folder of its own for the log, which outlives the receivers that write to it."""
-
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory(prefix="log-")
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-        self.log = self.folder / "alerts.jsonl"
-
-    def receiver(self, webhook=None, log=None, **options):
-        return Receiver(config_of(webhook=webhook, log_file=str(log or self.log)), **options)
-
-    def read_log(self, log=None):
-        """Return the parsed lines, as a reader does: what is not JSON is a half line, passed
-        over.
-        """
-        found = []
-        for line in (log or self.log).read_bytes().split(b"\n")[:-1]:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
-
-    def assert_end_with_1(self, logs):
-        """Start a receiver for each of these log files, all at once: none can serve, each names its
-        file.
-        """
-        receivers = {name: self.receiver(log=log) for name, log in logs.items()}
-        for receiver in receivers.values():
-            self.addCleanup(receiver.__exit__)
-        for name, receiver in receivers.items():
-            with self.subTest(name):
-                self.assertEqual(receiver.wait(15), 1)
-                said = "\n".join(receiver.stderr_lines)
-                self.assertRegex(
-                    said, rf"^central_webhook_client\.py: error: .*{re.escape(str(logs[name]))}.*$"
-                )
-                self.assertEqual(len(receiver.stderr_lines), 1)
-
-
-def ip_fabric_headers(body, token=TOKEN):
-    """Sign a body as IP Fabric does."""
-    return {"X-IPF-Signature": hmac.new(token.encode(), body, hashlib.sha256).hexdigest()}
-
-
-def bracken_headers(body, token=TOKEN):
-    """Sign a body as Bracken does."""
-    digest = hmac.new(token.encode(), body, hashlib.sha256).digest()
-    return {"Authorization": "HMACSHA256 " + base64.b64encode(digest).decode()}
-
-
-def entrupy_headers(body, token=TOKEN):
-    """Sign a body as Entrupy does."""
-    digest = hmac.new(token.encode(), body, hashlib.sha256).digest()
-    return {"Entrupy-Signature": "SHA256:" + base64.b64encode(digest).decode()}
-
-
-@functools.lru_cache(maxsize=None)
-def kept_deliveries():
-    """Have a receiver keep three deliveries, two of "noc" and one of "fabric"; return (body,
-    headers, log line)s.
-    """
-    webhooks = [
-        {"name": "noc", "path": PATH, "token": TOKEN},
-        {"name": "fabric", "type": "ip-fabric", "path": "/fabric", "token": TOKEN},
-    ]
-    deliveries = []
-    with Receiver(config_of(webhook=webhooks, log_file="alerts.jsonl")) as receiver:
-        for path, sign in (
-            (PATH, central_headers),
-            (PATH, central_headers),
-            ("/fabric", ip_fabric_headers),
-        ):
-            body = new_body()
-            headers = sign(body)
-            assert receiver.post(body, headers, path).json == OK
-            deliveries.append((body, headers))
-        lines = (receiver.folder / "alerts.jsonl").read_bytes().splitlines(keepends=True)
-    return [(*delivery, line) for delivery, line in zip(deliveries, lines)]
+from tests.test_log_file import (
+    URL,
+    LogCase,
+    bracken_headers,
+    entrupy_headers,
+    ip_fabric_headers,
+    kept_deliveries,
+    new_central_headers,
+)
 
 
 def hook(name, **more):
