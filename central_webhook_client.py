@@ -498,7 +498,11 @@ def guess_format(body: bytes) -> str:
     for pattern, name in _FORMATS:
         if re.match(pattern, body):
             return name
-    return "neither JSON nor another known format"
+    try:
+        body.decode()
+        return "plain text"
+    except UnicodeDecodeError:
+        return "not UTF-8"
 
 
 # ---- HTTP message signatures (RFC 9421) -----------------------------------------------------
@@ -2422,15 +2426,18 @@ def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
 
 
 def check_incomplete_head(head: bytes, start: int) -> None:
-    """Check what has come of a request whose header is not complete yet.
+    """Check what has come of a request whose header is not complete yet: refuse it at once.
 
-    Line ends before `start` have been checked. Raises Refusal: malformed, target_too_long,
+    Line ends before `start` have been checked. Raises Refusal: malformed, version, target_too_long,
     headers_too_large.
     """
     if head.startswith((b"\x16\x03", b"\0\r\nQUIT")):  # no empty line will come
         raise Refusal("malformed", diagnose_request_line(head))
     end = head.find(b"\r\n")
-    check_request_line_length(head if end < 0 else head[:end])
+    if end < 0:
+        check_request_line_length(head)
+    else:
+        parse_request_line(head[:end])
     if len(head) > MAX_REQUEST_LINE_BYTES + MAX_HEADER_BYTES:
         raise Refusal("headers_too_large", f"the header is above {MAX_HEADER_BYTES} bytes")
     if _BARE_LINE_FEED.search(head, start):
