@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import base64
+import collections
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -12,8 +14,11 @@ import json
 import os
 import py_compile
 import re
+import select
 import shutil
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,18 +31,12 @@ TOP = Path(__file__).resolve().parent.parent
 PROGRAM = TOP / "central_webhook_client.py"
 TOKEN = "webhook-secret-token"
 PATH = "/centralwebhook"
-OK = {"status": "ok"}
-DUPLICATE = {"status": "duplicate"}
-
-try:  # three hundred connections need more descriptors than some systems give
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < 2048:
-        wanted = 2048 if hard == resource.RLIM_INFINITY else min(2048, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-except ImportError:  # Windows
-    resource = None
+OK, DUPLICATE = {"status": "ok"}, {"status": "duplicate"}
+# Control characters but for line feed, bidi controls, other separators of lines, zero width.
+HARMFUL = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
 
 
 def deadline_poll(condition, seconds=10.0, message="it did not happen in time"):
@@ -51,6 +50,12 @@ def deadline_poll(condition, seconds=10.0, message="it did not happen in time"):
     raise AssertionError(message)
 
 
+def in_parallel(function, arguments):
+    """Call a function with each argument, all at the same time; return the results in order."""
+    with concurrent.futures.ThreadPoolExecutor(len(arguments)) as pool:
+        return list(pool.map(function, arguments))
+
+
 def config_of(port=0, webhook=None, **webclient_info):
     """Return a configuration as a dict: one classic webhook unless `webhook` says otherwise."""
     if webhook is None:
@@ -59,6 +64,11 @@ def config_of(port=0, webhook=None, **webclient_info):
         "webclient_info": {"host": "127.0.0.1", "port": port, **webclient_info},
         "central_info": {"webhook": webhook},
     }
+
+
+def hook(name, **more):
+    """Return a classic webhook whose path is its name."""
+    return {"name": name, "path": f"/{name}", "token": TOKEN, **more}
 
 
 def now_stamp(offset_seconds=0.0):
@@ -80,12 +90,17 @@ def new_body(**extra):
     return json.dumps(payload).encode()
 
 
+def hmac_sha256(token, *parts):
+    """Return the digest of the parts, one after the other."""
+    return hmac.new(token.encode(), b"".join(parts), hashlib.sha256).digest()
+
+
 def central_headers(body, token=TOKEN, service="Alerts", delivery_id=None, timestamp=None):
     """Sign a body as classic Central does; return its headers in the sender's spelling."""
     delivery_id = delivery_id or f"72d3162e-cc78-11e3-81ab-{next(_counter):012d}"
     timestamp = timestamp if timestamp is not None else now_stamp()
-    signed = body + service.encode() + delivery_id.encode() + timestamp.encode()
-    digest = hmac.new(token.encode(), signed, hashlib.sha256).digest()
+    signed = (service + delivery_id + timestamp).encode("latin-1")
+    digest = hmac_sha256(token, body, signed)
     return {
         "Content-Type": "application/json",
         "X-Central-Service": service,
@@ -117,12 +132,39 @@ def raw_request(
 
 
 HEALTH = raw_request("GET", "/health", length=False)
+METRICS = raw_request("GET", "/metrics", length=False)
 
 
-def good(body=None, **request):
-    """Return a request that is answered with 200."""
+def signed(**extra):
+    """Return a new body and its headers."""
+    body = new_body(**extra)
+    return body, central_headers(body)
+
+
+def signed_request(body=None, **request):
+    """Return a delivery as it goes over the wire, one that gets 200 unless `request` changes it."""
     body = new_body() if body is None else body
     return raw_request(headers=central_headers(body), body=body, **request)
+
+
+def parse_lines(data):
+    """Parse JSON Lines as a reader does: what is not JSON is a half line, and passed over."""
+    found = []
+    for line in data.split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def ids_of(lines):
+    """Return the delivery IDs of parsed lines."""
+    return [line["delivery_id"] for line in lines]
+
+
+def is_refused(port):
+    """Return True if nobody listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 class Answer:
@@ -175,7 +217,7 @@ class Connection:
         return Answer(status, headers, body)
 
     def is_closed(self):
-        """Wait for the end of the stream; False if something else comes, or nothing in time."""
+        """Wait for the end of the stream; False if anything else comes, or nothing in time."""
         try:
             return not self.buffer and self.socket.recv(1) == b""
         except ConnectionError:
@@ -297,12 +339,38 @@ class Receiver:
         body = new_body() if body is None else body
         return self.post(body, central_headers(body, **signing))
 
+    def health(self):
+        """Return the status of /health."""
+        return self.request(HEALTH).status
+
+    def metrics(self):
+        """Return {sample with its labels: value} of /metrics."""
+        lines = self.request(METRICS).body.decode("ascii").splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if line[:1] not in ("", "#")]
+        assert len(dict(pairs)) == len(pairs), "a series occurs twice"
+        return {name: float(value) for name, value in pairs}
+
+    def in_flight(self):
+        """Return how many requests are in flight, the one that asks left out."""
+        return next(value for name, value in self.metrics().items() if "in_flight" in name) - 1
+
+    def cpu_seconds(self):
+        """Return the processor time used so far (proc(5): utime and stime)."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def reload(self, config=None, pattern="configuration (not )?reloaded"):
+        """Send SIGHUP, with another configuration if one is given; return the line about it."""
+        start = len(self.stderr_lines)
+        if config is not None:
+            self.write_config(config)
+        self.process.send_signal(signal.SIGHUP)
+        return self.wait_for_log(pattern, start=start)
+
     def wait(self, seconds=10):
         """Wait for the end of the process and of its output; return the exit code."""
         end = time.monotonic() + seconds
-        for thread in (
-            self._threads
-        ):  # to the end of its output, since a wait for the process itself polls slowly
+        for thread in self._threads:  # first, since waiting for the process itself polls slowly
             thread.join(max(0.0, end - time.monotonic()))
         return self.process.wait(max(0.1, end - time.monotonic()))
 
@@ -354,66 +422,208 @@ def captured_stderr():
             os.close(saved)
 
 
-SHARED = []  # one receiver, with room and time enough, for all classes that need nothing special
+class ReceiverTest(unittest.TestCase):
+    """Tests that share one receiver, which must neither fail nor end."""
 
-
-def share_receiver():
-    """Start the shared receiver; meant as the `setUpModule` of a module that uses `ServedTest`."""
-    SHARED.append(Receiver(config_of(max_connections=512, request_timeout_seconds=20)).__enter__())
-    unittest.addModuleCleanup(lambda: SHARED.pop().__exit__())
-
-
-class ServedTest(unittest.TestCase):
-    """One receiver for a whole class, or for all, and whatever it is sent, no traceback."""
-
-    config = None
+    config = config_of()
 
     @classmethod
     def setUpClass(cls):
-        if cls.config is None:
-            cls.receiver = SHARED[0]
-        else:
-            cls.receiver = Receiver(cls.config).__enter__()
-            cls.addClassCleanup(cls.receiver.__exit__)
+        cls.receiver = Receiver(cls.config).__enter__()
+        cls.addClassCleanup(cls.receiver.__exit__)
 
-    def setUp(self):
-        self.addCleanup(self.assert_sound)
-
-    def assert_sound(self):
+    def tearDown(self):
         self.assertIsNone(self.receiver.process.poll())
         for line in list(self.receiver.stderr_lines):
             self.assertNotRegex(line, r"Traceback|internal error| ERROR |^\s")
 
-    def assert_reply(self, answer, status, head_only=False):
-        """Check what is true of every reply."""
-        self.assertEqual(answer.status, status)
-        self.assertNotIn("server", answer.headers)
-        self.assertTrue(answer.headers["content-length"].isdigit())
-        if not head_only:
-            self.assertEqual(answer.headers["content-type"].partition(";")[0], "application/json")
-            self.assertEqual(list(answer.json), ["status"] if status == 200 else ["error"])
-            if status == 401:
-                self.assertEqual(answer.json, {"error": "unauthorized"})
-        self.assertEqual("www-authenticate" in answer.headers, status == 401)
-        self.assertEqual("allow" in answer.headers, status == 405)
+    def wait_for_line(self, text):
+        """Return the one line on stdout with this text."""
+        if isinstance(text, bytes):
+            text = text.decode()
+        lines = deadline_poll(lambda: [one for one in self.receiver.stdout_lines if text in one])
+        self.assertEqual(len(lines), 1)
+        return json.loads(lines[0])
 
-    def assert_status(self, raw, status):
-        """Send a request whole; after 200 and 401 the connection goes on, after all others it is
-        closed.
-        """
-        with self.receiver.connect() as connection:
-            connection.send(raw)
+    def assert_not_on_stdout(self, text):
+        """Check that nothing with this text was accepted."""
+        last = new_body(filler="after " + text)
+        self.assertEqual(self.receiver.deliver(last).status, 200)
+        self.wait_for_line(last)
+        lines = [line for line in self.receiver.stdout_lines if text in line]
+        self.assertEqual(len(lines), 1)
+
+
+class LogTest(unittest.TestCase):
+    """Tests whose log is in a folder that outlives the receivers."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="log-")
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.log = self.folder / "alerts.jsonl"
+
+    def config(self, webhook=None, **webclient_info):
+        return config_of(webhook=webhook, **{"log_file": str(self.log), **webclient_info})
+
+    def started(self, webhook=None, **webclient_info):
+        """Return a receiver with this log, still to be entered."""
+        return Receiver(self.config(webhook, **webclient_info))
+
+    def read_log(self, *logs):
+        """Return the parsed lines of the log, or of these."""
+        return parse_lines(b"".join(log.read_bytes() for log in logs or [self.log]))
+
+    def script(self, text):
+        """Return the path of a shell script that starts the receiver with $PYTHON."""
+        path = self.folder / "start"
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o700)
+        return str(path)
+
+    def small_disk(self):
+        """Mount a disk of 256 KiB of which 24 are free; return its folder and the ballast."""
+        if sys.platform != "linux" or os.geteuid() != 0:
+            self.skipTest("needs to mount a small file system")
+        disk = self.folder / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+        try:
+            subprocess.run(mount, check=True, stderr=subprocess.PIPE)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.skipTest(f"no tmpfs can be mounted: {error}")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=False)
+        ballast = disk / "ballast"
+        ballast.write_bytes(b"x" * (256 - 24) * 1024)
+        return disk, ballast
+
+
+class UnreadStdout:
+    """A receiver whose stdout is a pipe that nobody reads until `read_on`."""
+
+    HUGE = 300_000  # bytes: more than a pipe takes
+
+    def __init__(self, config):
+        read_end, write_end = os.pipe()
+        self.pipe = open(read_end, "rb", buffering=0)
+        self.receiver = Receiver(config, stdout=write_end)
+        os.close(write_end)
+        self.parts, self.thread = [], None
+
+    def __enter__(self):
+        return self, self.receiver.__enter__()
+
+    def __exit__(self, *exc):
+        self.receiver.__exit__()
+        if self.thread:
+            self.thread.join(10)
+        self.pipe.close()
+
+    def wait_until_written(self):
+        """Wait until something stands in the pipe."""
+        assert select.select([self.pipe], [], [], 10)[0], "nothing comes on stdout"
+
+    def read_some(self, size):
+        """Read once, at most `size` bytes."""
+        self.wait_until_written()
+        self.parts.append(self.pipe.read(size))
+
+    def read_on(self):
+        """Read from now on, in a thread."""
+        read = functools.partial(self.pipe.read, 65536)
+        self.thread = threading.Thread(target=lambda: self.parts.extend(iter(read, b"")))
+        self.thread.start()
+
+    def end(self):
+        """Kill the receiver; return what it wrote, as lines."""
+        self.receiver.process.kill()
+        self.thread.join(10)
+        return parse_lines(b"".join(self.parts))
+
+
+class Senders:
+    """Threads that deliver as Central does; every second one keeps its connection.
+
+    With `repeat`, what got no 200 is sent again, in turn as the same bytes and signed anew;
+    without it, a sender ends at its first failure. `accepted` holds the delivery IDs that got a
+    200, `statuses` counts the answers, and `errors` the connections that gave none.
+    """
+
+    def __init__(self, port, count=8, repeat=True, keep_alive=True):
+        self.port, self.repeat, self.keep_alive, self.token = port, repeat, keep_alive, TOKEN
+        self.accepted, self.statuses, self.errors = [], collections.Counter(), collections.Counter()
+        self.rounds = [0] * count  # deliveries that each has begun
+        self.stopping, self.deadline = threading.Event(), time.monotonic() + 30
+        self.threads = [
+            threading.Thread(target=self._run, args=(number,), daemon=True)
+            for number in range(count)
+        ]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.finish()
+
+    def finish(self, seconds=15):
+        """Begin nothing new; return when all that was begun is settled."""
+        self.stopping.set()
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
+        end = self.deadline + 10
+        for thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def wait_for_accepted(self, more, seconds=20):
+        """Wait until this many more deliveries have got their 200."""
+        goal = len(self.accepted) + more
+        deadline_poll(
+            lambda: len(self.accepted) >= goal, seconds, f"no {more} accepted: {self.errors}"
+        )
+
+    def change_token(self, token):
+        """Sign with another token; return when nothing signed with the old one is on its way."""
+        self.token, before = token, list(self.rounds)
+        deadline_poll(
+            lambda: all(now > then for now, then in zip(self.rounds, before)), 20, "a sender hangs"
+        )
+
+    def _run(self, number):
+        keep_alive, connection = self.keep_alive and number % 2, None
+        while not self.stopping.is_set() and time.monotonic() < self.deadline:
+            self.rounds[number] += 1
+            body = new_body()
+            headers = central_headers(body, self.token)
+            delivery_id, attempt, status = headers["X-Central-Delivery-ID"], 0, 0
+            while status != 200 and time.monotonic() < self.deadline:
+                attempt += 1
+                if attempt % 2 == 0:
+                    headers = central_headers(body, self.token, delivery_id=delivery_id)
+                request = raw_request(headers=headers, body=body)
+                status, connection = self._send(connection, request, keep_alive)
+                if status == 200:
+                    self.accepted.append(delivery_id)
+                elif not self.repeat and not status:
+                    return
+                elif not status:
+                    time.sleep(0.005)
+        if connection is not None:
+            connection.socket.close()
+
+    def _send(self, connection, data, keep_alive):
+        """Send a request; return its status (0: no answer), and the connection if it goes on."""
+        status = 0
+        try:
+            connection = connection or Connection(self.port)
+            connection.send(data)
             answer = connection.read()
-            self.assert_reply(answer, status)
-            if status in (200, 401):
-                self.assertNotEqual(answer.headers.get("connection"), "close")
-                connection.send(good())
-                self.assert_reply(connection.read(), 200)
-            else:
-                self.assertEqual(answer.headers.get("connection"), "close")
-                self.assertTrue(connection.is_closed())
-
-    def assert_statuses(self, table, status):
-        for what, raw in table.items():
-            with self.subTest(what):
-                self.assert_status(raw, status)
+            status = answer.status
+            self.statuses[status] += 1
+            if keep_alive and answer.headers.get("connection") != "close":
+                return status, connection
+        except (OSError, EOFError) as error:  # refused, reset, closed or silent
+            self.errors[type(error).__name__] += 1
+        if connection is not None:
+            connection.socket.close()
+        return status, None

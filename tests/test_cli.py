@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import shutil
 import socket
 import tempfile
@@ -16,7 +15,9 @@ import unittest
 from pathlib import Path
 
 import central_webhook_client as product
+from tests import support
 from tests.support import (
+    HARMFUL,
     TOKEN,
     TOP,
     Receiver,
@@ -29,13 +30,6 @@ from tests.support import (
 from tests.test_config import SECRET, Called, hook, web
 
 # ---- Starts that fail, and those that do not -------------------------------------------------
-
-
-# Control characters but for line feed, bidi controls, other separators of lines, surrogates, zero
-# width.
-HARMFUL = re.compile(
-    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
-)
 
 
 class Starts(Called):
@@ -308,29 +302,14 @@ class Demo(unittest.TestCase):
 
 class SendSample(unittest.TestCase):
     WEBHOOKS = [
-        {"name": "central", "path": "/central", "token": TOKEN},
-        {"name": "old", "path": "/old", "token": ["first", "second"]},
-        {"name": "fabric", "path": "/fabric", "type": "ip-fabric", "token": TOKEN},
-        {"name": "bracken", "path": "/bracken", "type": "bracken", "token": TOKEN},
-        {"name": "entrupy", "path": "/entrupy", "type": "entrupy", "token": TOKEN},
-        {
-            "name": "new",
-            "type": "new-central",
-            "token": TOKEN,
-            "public_url": "https://a.example:8443/new?x=y",
-        },
-        {
-            "name": "header",
-            "path": "/header",
-            "token": TOKEN,
-            "api_key": {"header": "X-Key", "value": ["K1", "K2"]},
-        },
-        {
-            "name": "field",
-            "path": "/field",
-            "token": TOKEN,
-            "api_key": {"field": "apiKey", "value": "K3"},
-        },
+        support.hook("central"),
+        support.hook("old", token=["first", "second"]),
+        support.hook("fabric", type="ip-fabric"),
+        support.hook("bracken", type="bracken"),
+        support.hook("entrupy", type="entrupy"),
+        support.hook("new", type="new-central", public_url="https://a.example:8443/new?x=y"),
+        support.hook("header", api_key={"header": "X-Key", "value": ["K1", "K2"]}),
+        support.hook("field", api_key={"field": "apiKey", "value": "K3"}),
     ]
 
     @classmethod

@@ -1,19 +1,19 @@
-"""The senders with one header, end to end: vectors, and negatives that change one thing."""
+"""The senders with one signature header, and API keys: vectors, negatives that change one thing."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import hmac
-import unittest
 
-from tests.support import Receiver, raw_request
-
-IP_FABRIC_BODY = (
-    b'{"type":"snapshot","action":"discover","status":"completed","requester":"cron",'
-    b'"timestamp":1618884473000,"test":true}'
+from tests.support import (
+    ReceiverTest,
+    central_headers,
+    config_of,
+    hmac_sha256,
+    hook,
+    new_body,
 )
-OTHER_SENDERS = {  # type: (header, value, secret, body), all from OpenSSL
+
+VECTORS = {  # type: (header, value, token, body), all from OpenSSL
     "mist": (
         "X-Mist-Signature-v2",
         "114da1df5614af609913b6149f1b3c917ea715642cdf01badbef70d0b36601db",
@@ -24,7 +24,8 @@ OTHER_SENDERS = {  # type: (header, value, secret, body), all from OpenSSL
         "X-IPF-Signature",
         "5c0104579a7ac4d8bd29cafd5af40b39e105e83f5b8bfdb3aca8d930975cf436",
         "0123456789",
-        IP_FABRIC_BODY,
+        b'{"type":"snapshot","action":"discover","status":"completed","requester":"cron",'
+        b'"timestamp":1618884473000,"test":true}',
     ),
     "bracken": (
         "Authorization",
@@ -41,76 +42,151 @@ OTHER_SENDERS = {  # type: (header, value, secret, body), all from OpenSSL
 }
 
 
-class OtherSendersEndToEnd(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        webhooks = [
-            {"name": kind, "type": kind, "path": "/" + kind, "token": secret}
-            for kind, (_, _, secret, _) in OTHER_SENDERS.items()
-        ]
-        config = {
-            "webclient_info": {"host": "127.0.0.1", "port": 0},
-            "central_info": {"webhook": webhooks},
-        }
-        cls.receiver = Receiver(config).__enter__()
-        cls.addClassCleanup(cls.receiver.__exit__)
+class HeaderSignatures(ReceiverTest):
+    config = config_of(
+        webhook=[hook(kind, type=kind, token=token) for kind, (_, _, token, _) in VECTORS.items()]
+    )
 
-    def status(self, kind, headers, body):
-        return self.receiver.request(raw_request("POST", "/" + kind, headers, body)).status
+    def assert_status(self, status, kind, headers, body):
+        self.assertEqual(self.receiver.post(body, headers, "/" + kind).status, status)
 
-    def test_the_vectors_are_accepted(self):
-        for kind, (header, value, _, body) in OTHER_SENDERS.items():
+    def test_the_vectors_are_accepted_under_header_names_of_any_case(self):
+        for kind, (header, value, _, body) in VECTORS.items():
             for name in (header, header.lower(), header.upper()):
                 with self.subTest(kind, header=name):
-                    self.assertEqual(self.status(kind, {name: value}, body), 200)
+                    self.assert_status(200, kind, {name: value}, body)
 
     def test_one_thing_changed_is_refused(self):
-        for kind, (header, value, _, body) in OTHER_SENDERS.items():
-            prefix, _, encoded = value.rpartition(":" if ":" in value else " ")
-            mark = value[len(prefix) : len(value) - len(encoded)]
-            cases = {
-                "no header": ([], body),
-                "an empty header": ([(header, "")], body),
-                "the header twice": ([(header, value), (header, value)], body),
-                "the header twice, the first one good": ([(header, value), (header, "x")], body),
-                "another body": ([(header, value)], body + b" "),
-                "no body": ([(header, value)], b""),
-                "the other case": ([(header, value.swapcase())], body),
-                "upper case": ([(header, prefix + mark + encoded.upper())], body),
-                "the last character missing": ([(header, value[:-1])], body),
-                "a character more": ([(header, value + "=")], body),
-                "a wrong prefix": ([(header, "MD5" + mark + encoded)], body),
-                "a prefix too many": ([(header, "SHA256:" + value)], body),
-                "the name of another header": ([("X-Signature", value)], body),
-                "the header of classic Central": ([("X-Central-Signature", value)], body),
-                "bytes that are no ASCII": ([(header, value + "\xe9")], body),
+        for kind, (header, value, _, body) in VECTORS.items():
+            mark = next((mark for mark in ": " if mark in value), "")
+            prefix, _, encoded = value.rpartition(mark) if mark else ("", "", value)
+            values = {
+                "empty": "",
+                "the other case": value.swapcase(),
+                "upper case": prefix + mark + encoded.upper(),
+                "the last character missing": value[:-1],
+                "a character more": value + "=",
+                "a wrong prefix": "MD5" + mark + encoded,
+                "a prefix too many": "SHA256:" + value,
+                "bytes above ASCII": value + "\xe9",
             }
             if prefix:
-                cases["no prefix"] = ([(header, encoded)], body)
-                cases["the prefix in the other case"] = (
-                    [(header, prefix.swapcase() + mark + encoded)],
-                    body,
-                )
-                cases["two separators"] = ([(header, prefix + mark + mark + encoded)], body)
-                cases["another separator"] = ([(header, prefix + "=" + encoded)], body)
+                values["no prefix"] = encoded
+                values["the prefix in the other case"] = prefix.swapcase() + mark + encoded
+                values["two separators"] = prefix + mark + mark + encoded
+                values["another separator"] = prefix + "=" + encoded
+            cases = {
+                **{what: ([(header, changed)], body) for what, changed in values.items()},
+                "no header": ([], body),
+                "the header repeated": ([(header, value)] * 2, body),
+                "the header repeated, the first good": ([(header, value), (header, "x")], body),
+                "another body": ([(header, value)], body + b" "),
+                "no body": ([(header, value)], b""),
+                "the name of another header": ([("X-Signature", value)], body),
+                "the header of classic Central": ([("X-Central-Signature", value)], body),
+            }
             for what, (headers, changed) in cases.items():
                 with self.subTest(kind, change=what):
-                    self.assertEqual(self.status(kind, headers, changed), 401)
+                    self.assert_status(401, kind, headers, changed)
 
-    def test_the_signature_of_one_sender_does_not_pass_for_another(self):
-        body, secret = b'{"event":"x"}', OTHER_SENDERS["entrupy"][2]
-        digest = hmac.new(secret.encode(), body, hashlib.sha256).digest()
-        for value in (
-            digest.hex(),
-            "SHA256:" + digest.hex(),
-            "HMACSHA256 " + base64.b64encode(digest).decode(),
+    def test_the_signature_of_one_sender_does_not_pass_for_that_of_another(self):
+        body = b'{"event":"x"}'
+        digest = hmac_sha256(VECTORS["entrupy"][2], body)
+        encoded = base64.b64encode(digest).decode()
+        for value, status in (
+            (digest.hex(), 401),
+            ("SHA256:" + digest.hex(), 401),
+            ("HMACSHA256 " + encoded, 401),
+            ("SHA256:" + encoded, 200),
         ):
             with self.subTest(value):
-                self.assertEqual(self.status("entrupy", {"Entrupy-Signature": value}, body), 401)
-        good = "SHA256:" + base64.b64encode(digest).decode()
-        self.assertEqual(self.status("entrupy", {"Entrupy-Signature": good}, body), 200)
+                self.assert_status(status, "entrupy", {"Entrupy-Signature": value}, body)
 
-    def test_a_body_that_is_not_json_is_kept(self):
+    def test_a_body_that_is_not_json_is_accepted(self):
         body = b"<alert>\xff</alert>"
-        digest = hmac.new(b"0123456789", body, hashlib.sha256).hexdigest()
-        self.assertEqual(self.status("ip-fabric", {"X-IPF-Signature": digest}, body), 200)
+        digest = hmac_sha256(VECTORS["ip-fabric"][2], body).hex()
+        self.assert_status(200, "ip-fabric", {"X-IPF-Signature": digest}, body)
+
+
+class ApiKeys(ReceiverTest):
+    config = config_of(
+        webhook=[
+            hook("field", api_key={"field": "apiKey", "value": "K-very-secret"}),
+            hook("header", api_key={"header": "X-Key", "value": ["K1", "K2"]}),
+        ]
+    )
+
+    def test_a_header_is_accepted_bare_or_after_a_scheme_word(self):
+        for value, status in {
+            "K1": 200,
+            "K2": 200,
+            "Bearer K1": 200,
+            "ApiKey K2": 200,
+            "": 401,
+            "K3": 401,
+            "k1": 401,
+            "Bearer Bearer K1": 401,
+            "Bearer": 401,
+        }.items():
+            body = new_body()
+            headers = {**central_headers(body), "X-Key": value}
+            with self.subTest(value):
+                self.assertEqual(self.receiver.post(body, headers, "/header").status, status)
+        body = new_body()
+        self.assertEqual(self.receiver.post(body, central_headers(body), "/header").status, 401)
+
+    def test_a_field_must_be_a_top_level_string_that_occurs_once(self):
+        for text in (
+            "{}",
+            '{"apiKey":""}',
+            '{"apiKey":"another"}',
+            '{"apiKey":null}',
+            '{"apiKey":["K-very-secret"]}',
+            '{"x":{"apiKey":"K-very-secret"}}',
+            '{"apiKey":"K-very-secret","apiKey":"K-very-secret"}',
+            '{"apiKey":"K-very-secret","apiKey":"another"}',
+            '{"apikey":"K-very-secret"}',
+            '["apiKey","K-very-secret"]',
+            '"apiKey"',
+            "apiKey=K-very-secret",
+            "",
+        ):
+            with self.subTest(text):
+                body = text.encode()
+                answer = self.receiver.post(body, central_headers(body), "/field")
+                self.assertEqual(answer.status, 401)
+
+    def test_the_key_of_an_accepted_body_is_masked_on_stdout(self):
+        for text, expected in (
+            ('{"apiKey":"K-very-secret","a":1.0}', {"apiKey": "***", "a": 1.0}),
+            ('{"a": 2, "apiKey" : "K-very-secret" }', {"a": 2, "apiKey": "***"}),
+            ('{"\\u0061piKey":"K-very-secret","a":3}', {"apiKey": "***", "a": 3}),
+            ('{"apiKey":"K\\u002dvery-secret","a":1e999}', {"apiKey": "***", "a": "1e999"}),
+            (
+                '{"x":{"apiKey":"inner"},"apiKey":"K-very-secret"}',
+                {"x": {"apiKey": "inner"}, "apiKey": "***"},
+            ),
+        ):
+            with self.subTest(text):
+                body = text.encode()
+                headers = central_headers(body)
+                self.assertEqual(self.receiver.post(body, headers, "/field").status, 200)
+                line = self.wait_for_line(headers["X-Central-Delivery-ID"])
+                self.assertEqual(line["alert"], expected)
+        self.assertNotIn("very-secret", "".join(self.receiver.stdout_lines))
+
+
+class Tokens(ReceiverTest):
+    config = config_of(webhook=hook("noc", token=["first-token", "second-token", "third-token"]))
+
+    def test_each_token_matches_after_any_other_and_only_older_ones_are_logged(self):
+        tokens = self.config["central_info"]["webhook"]["token"]
+        for index in (2, 2, 0, 1, 2, 1, 0, 0, 1):
+            for token, status in ((tokens[index], 200), ("a fourth", 401)):
+                body = new_body()
+                answer = self.receiver.post(body, central_headers(body, token), "/noc")
+                self.assertEqual(answer.status, status)
+        self.receiver.wait_for_log("token 3 of 3 still matches")
+        self.receiver.wait_for_log("token 2 of 3 still matches")
+        logged = [line for line in self.receiver.stderr_lines if "still matches" in line]
+        self.assertEqual(len(logged), 2)  # each at most once a minute, and never the first
