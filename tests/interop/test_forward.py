@@ -376,7 +376,9 @@ class KillTest(RecipeTest):
         deadline_poll(lambda: to.payloads[-1:] == lines[-1:], 30, f"seed {seed}")
         got = to.payloads
         once = [one for one, before in zip(got, [None, *got]) if one != before]
-        self.assertEqual([one["key"] for one in lines], [one["key"] for one in once], f"seed {seed}")
+        self.assertEqual(
+            [one["key"] for one in lines], [one["key"] for one in once], f"seed {seed}"
+        )
         self.assertLessEqual(set(accepted), {one["alert"]["n"] for one in once}, f"seed {seed}")
         self.assertLessEqual(len(got) - len(once), forwarder_kills)
         self.assertGreater(kills, 50)
