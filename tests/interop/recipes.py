@@ -1,4 +1,4 @@
-"""What the tests of the recipes share: the text of README.md, a folder, processes, HTTP endpoints."""
+"""What the tests of the recipes share: the text of README.md, processes, HTTP endpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dashboard of README.md: the log in SQLite, datasette on it, seen with a browser without a screen."""
+"""The dashboard of README.md: the log in SQLite, and datasette in a browser without a screen."""
 
 from __future__ import annotations
 

@@ -165,8 +165,8 @@ class EndpointTest(RecipeTest):
         self.assertEqual([1, 2, 4, 5, 6], found)
         said = self.read("output")
         self.assertEqual(2, said.count("skipped"), said)
-        self.assertRegex(said, r"to 60: skipped: HTTP Error 404: Not Found\n")
-        self.assertRegex(said, r"to 69: skipped: not JSON\n")
+        self.assertRegex(said, r"at 40: skipped: HTTP Error 404: Not Found\n")
+        self.assertRegex(said, r"at 60: skipped: not JSON\n")
 
     def test_an_idle_forwarder_uses_little_time(self):
         self.append({"alert": {}})

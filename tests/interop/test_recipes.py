@@ -1,4 +1,4 @@
-"""The recipes of README.md with the real tools, taken from its text: only paths and ports are replaced."""
+"""The recipes of README.md with the real tools; only paths and ports of its text are replaced."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ class TicketTest(RecipeTest):
 
 class QueueTest(RecipeTest):
     def start_broker(self):
-        """Start a RabbitMQ of our own on loopback, with all its files in the folder; return its URL."""
+        """Start a RabbitMQ on loopback, with all its files in the folder; return its URL."""
         server = next(
             (path for path in Path("/usr/lib/rabbitmq").glob("**/bin/rabbitmq-server")), None
         )
@@ -346,7 +346,9 @@ class QueueTest(RecipeTest):
             RABBITMQ_NODE_IP_ADDRESS="127.0.0.1",
             RABBITMQ_NODE_PORT=str(port),
             RABBITMQ_DIST_PORT=str(distribution),
-            RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="-kernel inet_dist_use_interface {127,0,0,1} +S 1:1",
+            RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=(
+                "-kernel inet_dist_use_interface {127,0,0,1} +S 1:1"
+            ),
         )
         broker = self.spawn([str(server)], "broker.log", environment)
 
