@@ -53,6 +53,12 @@ class TextTest(RecipeTest):
         self.run_shell(f"'{ruff}' format --check {options} forward.py")
         self.run_shell(f"'{ruff}' check --select E,F,W,B,I {options} forward.py")
 
+    def test_without_a_log_it_says_how_it_is_called(self):
+        (self.folder / "forward.py").write_text(FORWARD)
+        for arguments in ("", "--all", "--help"):
+            command = f"'{sys.executable}' -S forward.py {arguments}; test $? = 1"
+            self.assertIn("forward.py [--all] LOG", self.run_shell(command))
+
     def load(self, send, pauses=0):
         """Return forward.py as a namespace, with another `send` and pauses that take no time."""
         names = {"__name__": "forward"}
