@@ -162,7 +162,7 @@ def ids_of(lines):
 
 
 def is_refused(port):
-    """Return True if nobody listens on a port of this machine."""
+    """Return True if a port of this machine is not listened on."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
@@ -499,7 +499,7 @@ class LogTest(unittest.TestCase):
 
 
 class UnreadStdout:
-    """A receiver whose stdout is a pipe that nobody reads until `read_on`."""
+    """A receiver whose stdout is a pipe that is not read until `read_on`."""
 
     HUGE = 300_000  # bytes: more than a pipe takes
 

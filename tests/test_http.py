@@ -203,19 +203,15 @@ class Requests(HttpTest):
         self.assert_statuses(411, {"1.1": raw, "1.0": raw.replace(b"HTTP/1.1", b"HTTP/1.0")})
         codings = (b"gzip", b"gzip, chunked", b"identity", b"chunked, gzip", b"xchunked", b"x")
         lines = [b"Transfer-Encoding: " + coding for coding in codings]
-        body = chunks(b"12345", 5)
-        self.assert_statuses(
-            501, {line: with_lines(line, body=body, length=False) for line in lines}
-        )
+        table = {line: with_lines(line, body=chunks(body, 5), length=False) for line in lines}
+        self.assert_statuses(501, table)
         versions = ("HTTP/2.0", "HTTP/3.0", "HTTP/9.9")
         self.assert_statuses(505, {one: signed_request(version=one) for one in versions})
 
     def test_an_unknown_path_is_404_for_any_method(self):
         paths = "/ /other /centralwebhook/ /centralwebhoo /CentralWebhook //centralwebhook".split()
-        paths += (
-            "/./centralwebhook /x/../centralwebhook /%63entralwebhook /centralwebhook;x".split()
-        )
-        paths += "/?/centralwebhook /centralwebhook%3F /healthz /metrics/ /Health".split()
+        paths += "/./centralwebhook /x/../centralwebhook /%63entralwebhook".split()
+        paths += "/centralwebhook;x /?/centralwebhook /centralwebhook%3F /healthz /Health".split()
         for path in paths:
             for method in ("POST", "GET", "DELETE"):
                 with self.subTest(path, method=method):
@@ -577,9 +573,10 @@ class Metrics(HttpTest):
         self.assertEqual(len(names), 1, (labels, names))
         return metrics[names[0]]
 
-    def test_it_is_plain_text(self):
-        content_type = self.receiver.request(METRICS).headers["content-type"]
-        self.assertTrue(content_type.startswith("text/plain"))
+    def test_metrics_are_plain_text(self):
+        headers = self.receiver.request(METRICS).headers
+        self.assertTrue(headers["content-type"].startswith("text/plain"))
+        self.assertNotIn("server", headers)
 
     def test_all_series_exist_at_0_from_the_start_and_no_sender_adds_one(self):
         for name, value in self.at_start.items():

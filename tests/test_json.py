@@ -35,13 +35,13 @@ class Parsing(unittest.TestCase):
     def test_a_byte_order_mark_is_not_part_of_it(self):
         self.assertEqual(product.json_text(b'\xef\xbb\xbf{"a":1}'), '{"a":1}')
 
-    def test_anything_else_is_none(self):
+    def test_a_body_that_is_not_json_has_no_text(self):
         not_utf8 = (b'{"a":"\xe9"}', b"\xed\xa0\x80", b"\xc0\xaf", '{"a":1}'.encode("utf-16"))
         for body in (*(text.encode() for text in NOT_JSON), *not_utf8):
             with self.subTest(body):
                 self.assertIsNone(product.json_text(body))
 
-    def test_what_is_not_json_is_a_value_error(self):
+    def test_parsing_anything_else_raises_value_error(self):
         for text in (*NOT_JSON, "[" * 100_000, "[" * 100_000 + "]" * 100_000):
             with self.subTest(text[:20]), self.assertRaises(ValueError):
                 product.parse_json(text)

@@ -67,7 +67,7 @@ class LifeTest(LogTest):
         return connection, request[-1:], headers["X-Central-Delivery-ID"]
 
 
-@unittest.skipUnless(hasattr(signal, "SIGHUP"), "there is no SIGHUP here")
+@unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
 class Reload(LifeTest):
     """SIGHUP."""
 
@@ -157,7 +157,7 @@ class Reload(LifeTest):
             self.assertEqual(dict(senders.statuses), {200: len(senders.accepted)})
         self.assertEqual(sorted(ids_of(self.read_log())), sorted(senders.accepted))
 
-    def test_a_configuration_that_takes_long_to_read_holds_up_nobody(self):
+    def test_a_configuration_that_takes_long_to_read_delays_no_delivery(self):
         with Receiver() as receiver:
             pipe = receiver.folder / "tokens"
             os.mkfifo(pipe, 0o600)
@@ -172,7 +172,7 @@ class Reload(LifeTest):
             self.assertEqual(receiver.deliver().status, 401)
             self.assertEqual(receiver.deliver(token="another-token").status, 200)
 
-    def test_after_a_stop_it_does_nothing(self):
+    def test_a_reload_after_a_stop_does_nothing(self):
         with Receiver(config_of(request_timeout_seconds=5)) as receiver:
             slow, last_byte, _ = self.begin_request(receiver)
             receiver.process.terminate()
@@ -224,8 +224,8 @@ class Stop(LifeTest):
                     self.assertTrue(slow.is_closed())
                     self.assertNotIn("Traceback", "".join(receiver.stderr_lines))
 
-    def test_it_waits_neither_for_idle_connections_nor_longer_than_a_request_may_take(self):
-        with self.several({}, {"request_timeout_seconds": 0.3}) as ((idle, _), (begun, _)):
+    def test_a_stop_waits_neither_for_idle_connections_nor_beyond_the_request_timeout(self):
+        with self.several({}, {"request_timeout_seconds": 0.6}) as ((idle, _), (begun, _)):
             connections = [idle.connect() for _ in range(6)]
             for connection in connections[:3]:  # between two requests; the others before the first
                 connection.send(HEALTH)
@@ -241,7 +241,7 @@ class Stop(LifeTest):
                 self.assertTrue(connection.is_closed())
                 connection.socket.close()
 
-    def test_a_stop_under_load_answers_what_it_stores_and_stores_what_it_answers(self):
+    def test_after_a_stop_under_load_answers_stdout_and_log_agree(self):
         counts = (1, 12)
         with self.several({}, {}) as started:
             for count, (receiver, log) in zip(counts, started):
@@ -258,7 +258,7 @@ class Stop(LifeTest):
                     self.assertEqual(sorted(shown), accepted)
 
 
-@unittest.skipUnless(hasattr(socket, "AF_UNIX"), "there are no UNIX sockets here")
+@unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs UNIX sockets")
 class Systemd(LifeTest):
     """What systemd is told, and the socket that it passes."""
 
@@ -299,7 +299,7 @@ class Systemd(LifeTest):
             slow.socket.close()
             self.assertEqual(receiver.wait(), 0)
 
-    @unittest.skipUnless(sys.platform == "linux", "there are no abstract names here")
+    @unittest.skipUnless(sys.platform == "linux", "needs abstract names")
     def test_the_notify_socket_may_have_an_abstract_name(self):
         name = f"central-webhook-test-{os.getpid()}"
         messenger = self.messenger("\0" + name)

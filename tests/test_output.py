@@ -58,7 +58,7 @@ ALERT = {
     "details": {"serial": "CN1", "name": "B\xfcro \u6771\u4eac"},
     "list": [1, 2.50, [], {}],
 }
-needs_terminals = unittest.skipUnless(pty, "there are no pseudo-terminals here")
+needs_terminals = unittest.skipUnless(pty, "needs pseudo-terminals")
 FIELDS = ["received_at", "webhook", "type", "delivery_id", "sent_at", "alert"]
 
 
@@ -209,7 +209,7 @@ class Pretty(unittest.TestCase):
         body = b'{"z":1.5,"a":12345678901234567890123,"c":-0.0,"b":[]}'
         self.assertEqual("".join(self.render(body)[1].split()), body.decode())
 
-    def test_without_its_colours_it_is_the_same(self):
+    def test_colours_change_nothing_else(self):
         header, rest = self.render(ALERT, colour=True)
         self.assertIn("\x1b[", header)
         self.assertEqual((COLOUR.sub("", header), rest), self.render(ALERT))
@@ -232,7 +232,7 @@ class Pretty(unittest.TestCase):
                 with self.subTest(number, colour=colour):
                     self.render(payload, colour)
 
-    def test_whatever_the_alert_is_it_is_shown(self):
+    def test_json_of_any_type_is_shown(self):
         odd = {"severity": None, "state": 5, "details": []}
         for payload in (None, True, 5, 1.5, "x", [], {}, [[]], {"": ""}, odd):
             with self.subTest(payload):
@@ -257,7 +257,7 @@ class Formats(unittest.TestCase):
         self.assertIn("B\xfcro \u6771\u4eac", "\n".join(rest))
 
     @needs_terminals
-    def test_on_a_terminal_it_is_pretty_and_in_colour_unless_told_otherwise(self):
+    def test_a_terminal_gets_the_pretty_form_in_colour_unless_told_otherwise(self):
         usual = {"TERM": "xterm-256color", "NO_COLOR": "", "PYTHONIOENCODING": "utf-8"}
         cases = (  # arguments, environment, is it pretty, is it in colour
             ([], usual, True, True),
@@ -299,7 +299,7 @@ class ReaderOfStdout(LogTest):
 
     HUGE = "x" * UnreadStdout.HUGE
 
-    def test_one_that_is_gone_means_503_and_exit_1(self):
+    def test_a_closed_reader_means_503_and_exit_1(self):
         body, headers = signed()
         with UnreadStdout(self.config()) as (stdout, receiver):
             self.assertEqual(receiver.deliver().json, OK)
@@ -315,7 +315,7 @@ class ReaderOfStdout(LogTest):
             self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
         self.assertEqual(len(self.read_log()), 2)
 
-    def test_one_that_goes_while_a_line_is_written_means_503_and_exit_1(self):
+    def test_a_reader_that_closes_during_a_write_means_503_and_exit_1(self):
         body, headers = signed(filler=self.HUGE)
         with UnreadStdout(self.config()) as (stdout, receiver), receiver.connect() as connection:
             connection.send(raw_request(headers=headers, body=body))
@@ -326,7 +326,7 @@ class ReaderOfStdout(LogTest):
             self.assertEqual(receiver.wait(), 1)
         self.assertEqual(self.read_log(), [])
 
-    def test_one_that_is_gone_means_exit_1_also_if_a_signal_follows(self):
+    def test_a_closed_reader_means_exit_1_even_if_a_signal_follows(self):
         config = self.config(request_timeout_seconds=5)
         with UnreadStdout(config) as (stdout, receiver), receiver.connect() as unfinished:
             unfinished.send(b"POST / HTTP/1.1\r\n")  # in flight, so it is waited for
@@ -339,7 +339,7 @@ class ReaderOfStdout(LogTest):
             unfinished.socket.close()
             self.assertEqual(receiver.wait(), 1)
 
-    def test_one_that_stalls_means_503_for_all_until_it_reads_again(self):
+    def test_a_stalled_reader_means_503_for_all_until_it_reads_again(self):
         sent = [signed(filler=self.HUGE)] + [signed() for _ in range(4)]
         with UnreadStdout(self.config(request_timeout_seconds=0.2)) as (stdout, receiver):
             self.assertEqual(receiver.health(), 200)
@@ -356,15 +356,14 @@ class ReaderOfStdout(LogTest):
             receiver.wait_for_log(r" ERROR .*stdout")
             stdout.read_on()
             for one in sent:
-                self.assertEqual(receiver.post(*one).json, OK)
+                deadline_poll(lambda one=one: receiver.post(*one).json == OK)
                 self.assertEqual(receiver.health(), 200)
             for one in sent:
                 self.assertEqual(receiver.post(*one).json, DUPLICATE)
             shown = ids_of(stdout.end())
         ids = [headers["X-Central-Delivery-ID"] for _, headers in sent]
         self.assertEqual(ids_of(self.read_log()), ids)
-        self.assertEqual(shown[-len(ids) :], ids)  # the first may stand there twice
-        self.assertLessEqual(set(shown), set(ids))
+        self.assertEqual(list(dict.fromkeys(shown)), ids)  # what got 503 may be repeated
 
     def test_a_half_line_that_a_stall_leaves_is_ended_before_the_next_one(self):
         sent = [signed(filler=letter * UnreadStdout.HUGE) for letter in "abc"]
@@ -379,7 +378,7 @@ class ReaderOfStdout(LogTest):
         self.assertEqual(len(self.read_log()), len(sent))
         self.assertEqual(set(shown), set(ids_of(self.read_log())))
 
-    def test_one_that_is_slow_is_waited_for(self):
+    def test_a_slow_reader_is_waited_for(self):
         body, headers = signed(filler=self.HUGE)
         with UnreadStdout(self.config()) as (stdout, receiver), receiver.connect() as connection:
             connection.send(raw_request(headers=headers, body=body))
@@ -389,7 +388,7 @@ class ReaderOfStdout(LogTest):
             self.assertEqual(connection.read().json, OK)
             self.assertEqual(len(parse_lines(b"".join(stdout.parts))), 1)
 
-    def test_a_stop_waits_for_a_delivery_that_waits_for_it(self):
+    def test_a_stop_waits_for_a_delivery_that_waits_for_the_reader(self):
         body, headers = signed(filler=self.HUGE)
         with UnreadStdout(self.config()) as (stdout, receiver), receiver.connect() as connection:
             connection.send(raw_request(headers=headers, body=body))
@@ -593,7 +592,7 @@ class Hints(RejectionTest):
     def test_a_time_that_is_not_understood_is_shown(self):
         self.rejected(self.signed(timestamp="yesterday"), "yesterday.*not understood")
 
-    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "there is no SIGHUP here")
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
     def test_a_token_that_a_reload_removed_is_named_as_such(self):
         webhook = {"name": "noc", "path": PATH, "token": "token-new"}
         self.receiver.reload(config_of(webhook=webhook))
@@ -642,7 +641,7 @@ class ReaderOfStderr(unittest.TestCase):
             self.assertEqual(receiver.wait(), 0)
 
     def with_stalled_stderr(self):
-        """Return a receiver that has delivered more than its stderr, which nobody reads, takes."""
+        """Return a receiver that has delivered more than its stderr, which is not read, takes."""
         read_end, write_end = os.pipe()
         is_short = hasattr(fcntl, "F_SETPIPE_SZ")
         if is_short:
@@ -652,7 +651,7 @@ class ReaderOfStderr(unittest.TestCase):
         self.addCleanup(receiver.__exit__)
         reader = open(read_end, "rb", buffering=0)
         self.addCleanup(reader.close)
-        line = reader.readline()  # it has started; from here on nobody reads
+        line = reader.readline()  # it has started; from here on nothing is read
         receiver.port = int(re.search(rb"listens on \S+ port (\d+)", line)[1])
         for _ in range(150 if is_short else 1500):  # a line of 50 characters each
             self.assertEqual(receiver.deliver().json, OK)

@@ -53,7 +53,7 @@ class ServerTest(ReceiverTest):
 
 
 class Deadlines(ServerTest):
-    LIMIT = 0.25  # seconds
+    LIMIT = 0.4  # seconds
     config = config_of(request_timeout_seconds=LIMIT)
 
     def assert_times_out(self, connection, begin):
@@ -63,7 +63,7 @@ class Deadlines(ServerTest):
         self.assertLess(time.monotonic() - begin, self.LIMIT + 5)
         self.assertTrue(connection.is_closed())
 
-    def test_what_is_not_complete_in_time_is_refused(self):
+    def test_an_incomplete_request_is_refused_after_the_deadline(self):
         body = b'{"a":1}'
         request = signed_request(body)
         expect = raw_request(headers={"Expect": "100-continue"}, body=body)[: -len(body)]
@@ -118,12 +118,13 @@ class Deadlines(ServerTest):
 
     def test_a_kept_connection_may_rest_longer_than_a_request_takes(self):
         ends = {b"": b"", b"\r\n": b"", b"\r\n\r\n": b"", b"\r": b"\n"}
-        opened = self.connections(len(ends))
-        for connection, end in zip(opened, ends):  # a line end does not begin a request
-            connection.send(signed_request() + end)
-            self.assertEqual(connection.read().status, 200)
+        opened = []
+        for end in ends:  # a line end does not begin a request
+            opened += self.connections(1)
+            opened[-1].send(signed_request() + end)
+            self.assertEqual(opened[-1].read().status, 200)
         sockets = [connection.socket for connection in opened]
-        self.assertEqual(select.select(sockets, [], [], self.LIMIT * 2)[0], [])
+        self.assertEqual(select.select(sockets, [], [], self.LIMIT * 1.5)[0], [])
         for connection, (end, rest) in zip(opened, ends.items()):
             with self.subTest(end):
                 request = signed_request()
@@ -134,9 +135,9 @@ class Deadlines(ServerTest):
         opened[0].send(request[:20])
         self.assert_times_out(opened[0], begin)
 
-    def test_dripping_senders_delay_nobody(self):
+    def test_dripping_senders_delay_no_other_sender(self):
         request = signed_request()
-        with Receiver(config_of(request_timeout_seconds=0.4)) as receiver:
+        with Receiver(config_of(request_timeout_seconds=0.6)) as receiver:
             dripping = [receiver.connect() for _ in range(50)]
             for position in range(10):
                 for connection in dripping:
@@ -152,7 +153,7 @@ class Deadlines(ServerTest):
 class FewConnections(ServerTest):
     config = config_of(max_connections=4)
 
-    def test_too_many_wait_until_there_is_room(self):
+    def test_surplus_connections_wait_until_there_is_room(self):
         requests = [signed_request() for _ in range(4)]
         held = self.connections(len(requests))
         for connection, request in zip(held, requests):
@@ -167,7 +168,7 @@ class FewConnections(ServerTest):
         for connection in (*held, *waiting):
             self.assertEqual(connection.read().status, 200)
 
-    def test_idle_connections_keep_nobody_waiting(self):
+    def test_idle_connections_keep_no_sender_waiting(self):
         for connection in self.connections(12):
             connection.send(signed_request())
             self.assertEqual(connection.read().status, 200)
@@ -179,9 +180,9 @@ class FewConnections(ServerTest):
             connection.socket.close()
         self.assertEqual(self.receiver.deliver().status, 200)
 
-    def test_silent_and_unfinished_ones_make_room_when_their_time_is_over(self):
+    def test_silent_and_unfinished_connections_make_room_after_their_deadline(self):
         request = signed_request()
-        config = config_of(max_connections=4, request_timeout_seconds=0.1)
+        config = config_of(max_connections=4, request_timeout_seconds=0.3)
         with Receiver(config) as receiver, contextlib.ExitStack() as stack:
             for data in (b"", request[:30], request[:-1], b""):
                 stack.enter_context(receiver.connect()).send(data)
@@ -290,7 +291,7 @@ class Floods(ServerTest):
         for thread in threads:
             thread.start()
         try:
-            for _ in range(5):
+            for _ in range(15):
                 self.assertEqual(self.receiver.health(), 200)
                 self.assertEqual(self.receiver.deliver().status, 200)
         finally:
@@ -299,7 +300,7 @@ class Floods(ServerTest):
             for thread in threads:
                 thread.join(10)
 
-    def test_a_sender_that_never_pauses_holds_up_nobody(self):
+    def test_a_sender_that_never_pauses_delays_no_other_sender(self):
         forged = raw_request(headers=central_headers(b"{}", token="another"), body=b"{}")
         for what, data in {
             "forged": forged * 500,
@@ -311,7 +312,7 @@ class Floods(ServerTest):
             with self.subTest(what):
                 self.flood(data)
 
-    def test_senders_that_read_no_answers_hold_up_nobody(self):
+    def test_senders_that_read_no_answers_delay_no_other_sender(self):
         deaf = self.connections(3)
         for connection in deaf:
             connection.socket.setblocking(False)

@@ -23,11 +23,11 @@ HEADERS = {
 SIGNED = ("x-central-service", "x-central-delivery-id", "x-central-delivery-timestamp")
 
 
-def signed_anew(token=TOKEN, **changes):
+def signed_anew(token=TOKEN, body=BODY, **changes):
     """Return the headers of the vector with changes and the signature that fits them."""
     headers = {**HEADERS, **{name.replace("_", "-"): value for name, value in changes.items()}}
     values = "".join(headers[name] for name in SIGNED).encode("latin-1")
-    signature = base64.b64encode(hmac_sha256(token, BODY, values)).decode()
+    signature = base64.b64encode(hmac_sha256(token, body, values)).decode()
     return {**headers, "x-central-signature": signature}
 
 
@@ -171,5 +171,6 @@ class ClassicCentral(unittest.TestCase):
             headers = {**HEADERS, "x-central-service": service}
             with self.assertRaises(product.SignatureError) as raised:
                 product.verify_signature(BODY + b"x", headers, TOKEN)
-            for secret in (TOKEN, SIGNATURE, "DZ1"):
+            expected = signed_anew(body=BODY + b"x")["x-central-signature"]
+            for secret in (TOKEN, SIGNATURE, "DZ1", expected):
                 self.assertNotIn(secret, str(raised.exception))

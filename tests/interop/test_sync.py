@@ -73,8 +73,8 @@ class Sync(LogTest):
         self.assertEqual(len(set(keys)), 2)
         self.assertEqual(len(set(keys[1:])), 1)
 
-    def test_while_syncing_hangs_nothing_else_is_accepted_and_a_reload_keeps_the_old(self):
-        with self.started(request_timeout_seconds=0.1) as receiver:
+    def test_while_syncing_hangs_deliveries_get_503_and_a_reload_is_refused(self):
+        with self.started(request_timeout_seconds=0.3) as receiver:
             hanging = ["-e", "inject=fsync,fdatasync:delay_enter=3000000"]
             with self.traced(receiver, *hanging), ThreadPoolExecutor() as pool:
                 first = pool.submit(receiver.deliver)
