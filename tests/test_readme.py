@@ -56,12 +56,18 @@ EXECUTED = {
     "python3 central_webhook_client.py --demo &&": (
         "interop.test_readme.UpgradeTest.test_a_new_version_is_tried_before_the_restart"
     ),
+    "tail -n 0 -F": (
+        "interop.test_recipes.WatchTest."
+        "test_jq_shows_critical_alerts_and_goes_on_after_what_it_cannot_read"
+    ),
 }
 NOT_EXECUTED = {  # and why
     "sudo setsebool": "needs a kernel with SELinux",
     "certbot": "needs a public name",
     "sudo systemctl daemon-reload": "needs systemd as PID 1; test_systemd.py checks the units",
     "adduser": "changes the machine",
+    "pip install": "installs; interop/test_dashboard.py runs the last line, and dashboard.py",
+    "sudo install": "needs a container engine; interop/test_recipes.py compares it with compose",
     "python3 -m tests.benchmark": "takes minutes",
     "python3 -m unittest": "is what runs this test",
 }

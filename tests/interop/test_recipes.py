@@ -1,7 +1,8 @@
-"""The recipes of README.md with the real tools, taken from its text: only paths and ports are replaced."""
+"""The recipes of README.md with the real tools; only paths and ports of its text are replaced."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -10,212 +11,310 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 import unittest
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import urllib.parse
 from pathlib import Path
 
-from ..support import PROGRAM, Receiver, config_of, deadline_poll, new_body
-from ..test_readme import block, section
+from ..support import PATH, PROGRAM, TOKEN, Receiver, deadline_poll, new_body
+from ..test_readme import block
 from . import parts
+from .recipes import DESCRIBE, FORWARD, RECIPES, RecipeTest, recipe
 
-RECIPES = section("Send alerts on")
 LOG = "/var/lib/centralwebhook/central.jsonl"
 LONG = 20_000  # characters: more than the 8 KiB at which rsyslog cuts by default
 
+# A record of each sender, and what is expected of it: severity, state, name, device, text.
+RECORDS = (
+    (
+        {
+            "alert_type": "AP disconnected",
+            "severity": "Major",
+            "state": "Open",
+            "description": "AP ap-17 disconnected",
+            "device_id": "CNDZ1",
+            "setting_id": "cid-4",
+        },
+        ("Major", "Open", "AP disconnected", "CNDZ1", "AP ap-17 disconnected"),
+    ),
+    (
+        {
+            "id": "e1",
+            "alertId": "a-1",
+            "name": "AP Down",
+            "severity": "Critical",
+            "state": "Cleared",
+            "summary": "AP down",
+            "notes": None,
+            "impactedEntities": {"deviceSerial": ["CG0019588"], "clientMac": []},
+            "additionalDetails": [{"hostname": "h"}],
+        },
+        ("Critical", "Cleared", "AP Down", "CG0019588", "AP down"),
+    ),
+    (
+        {
+            "topic": "alarms",
+            "events": [
+                {"type": "device_down", "severity": "critical", "mac": "aa", "timestamp": 1},
+                {"type": "device_up"},
+            ],
+        },
+        ("critical", "", "device_down", "aa", ""),
+    ),
+    (
+        {"type": "snapshot", "action": "discover", "status": "failed", "reason": "no disk"},
+        ("", "failed", "snapshot", "", "no disk"),
+    ),
+    ({"event": "session.completed"}, ("", "", "session.completed", "", "")),
+    ({"username": "Test-User"}, ("", "", "", "", "")),
+    ({"alert_type": "SSID \ud83d", "details": None}, ("", "", "SSID ?", "", "")),
+    ({"details": [1], "severity": {"a": 1}, "state": []}, ("", "", "", "", "")),
+    ([], ("", "", "", "", "")),
+    (None, ("", "", "", "", "")),
+    ("text", ("", "", "", "", "")),
+    (5, ("", "", "", "", "")),
+)
 
-class RecipeTest(unittest.TestCase):
-    """A folder of its own, programs in it, and their end."""
 
+def record_of(alert, number=0, **more):
+    """Return a line of the log, as the receiver writes it."""
+    record = {"received_at": f"2026-11-21T20:35:12.{number:03}Z", "webhook": "noc"}
+    record.update(type="central", delivery_id=None, sent_at=None, alert=alert)
+    return {**record, "key": f"key{number}", **more}
+
+
+class OwnCodeTest(RecipeTest):
     def setUp(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="recipes-"))
-        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        super().setUp()
+        shutil.copy(PROGRAM, self.folder)
+        code = block("python", "import sys\n\nimport central_webhook_client", RECIPES)
+        (self.folder / "my_receiver.py").write_text(code)
+        self.config = {
+            "webclient_info": {"host": "127.0.0.1", "port": 0},
+            "central_info": {"webhook": {"name": "noc", "path": PATH, "token": TOKEN}},
+        }
 
-    def spawn(self, command, stdout=None, environment=None):
-        """Start a command, or a line for the shell, in a process group of its own that ends with the test."""
-        command = ["sh", "-c", command] if isinstance(command, str) else command
-        with (self.folder / (stdout or "output")).open("ab") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
-                start_new_session=True,
-            )
-        self.addCleanup(self.end, process)
-        return process
+    def test_the_unit_test_passes_as_printed(self):
+        code = block("python", "import unittest", RECIPES)
+        self.assertLessEqual(len(code.splitlines()), 7)
+        (self.folder / "test_my_receiver.py").write_text(code)
+        self.assertIn("Ran 1 test", self.run_shell(f"'{sys.executable}' -m unittest"))
 
-    @staticmethod
-    def end(process, number=signal.SIGTERM):
-        """End a process group of ours."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(15)
+    def test_one_changed_line_posts_to_the_chat(self):
+        self.assertIn("set `handle_alert = post_to_slack`", RECIPES)
+        path = self.folder / PROGRAM.name
+        source = path.read_text(encoding="utf-8")
+        line = "handle_alert: Optional[Callable[[Delivery], None]] = None"
+        self.assertEqual(1, source.count(line))
+        path.write_text(source.replace(line, "handle_alert = post_to_slack"), encoding="utf-8")
+        chat = self.endpoint()
+        with Receiver(self.config, program=path, environment={"CHAT_URL": chat.url}) as receiver:
+            for alert, _ in RECORDS:
+                body = json.dumps(alert).encode()
+                self.assertEqual(200, receiver.deliver(body).status)
+            self.assertEqual(200, receiver.deliver(new_body(name="<!channel> & 2")).status)
+            deadline_poll(lambda: len(chat.requests) == len(RECORDS) + 1, 10)
+        texts = [payload["text"] for payload in chat.payloads]
+        self.assertNotIn("<", "".join(texts))
+        for word in ("Open", "AP disconnected", "CNDZ1"):
+            self.assertIn(word, texts[0])
 
-    def run_shell(self, command, environment=None):
-        """Run a line for the shell to its end."""
-        done = subprocess.run(
-            ["sh", "-c", command],
-            cwd=self.folder,
-            env={**os.environ, **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
+
+class WatchTest(RecipeTest):
+    def test_jq_shows_critical_alerts_and_goes_on_after_what_it_cannot_read(self):
+        for program in ("jq", "tail"):
+            parts.need_program(program)
+        self.log.touch()
+        self.spawn(block("sh", "tail -n 0 -F", RECIPES), "seen")
+
+        def starts():
+            self.append(record_of({"severity": "Critical", "name": "first"}))
+            time.sleep(0.05)
+            return "first" in self.read("seen")
+
+        deadline_poll(starts, 20)
+        self.append(
+            record_of({"severity": "Critical", "alert_type": "half an emoji \ud83d"}),
+            f'{{"alert": {"[" * 300}{"]" * 300}}}\n',
+            f'{{"alert": {"[" * 20000}{"]" * 20000}}}\n',
+            '{"received_at": "20\n',
+            "a\0b\n\n",
+            *(json.dumps(alert) + "\n" for alert in ([], None, 5, "text", {}, {"alert": "x"})),
+            *(record_of(alert) for alert, _ in RECORDS if "AP Down" not in str(alert)),
+            record_of({"severity": "Critical", "alert_type": "esc \x1b \x9b \u202e", "summary": 1}),
         )
-        self.assertEqual(0, done.returncode, done.stdout)
-        return done.stdout
-
-    def receiver(self):
-        """Start a receiver that writes central.jsonl in the folder."""
-        running = Receiver(config_of(log_file=str(self.folder / "central.jsonl")))
-        return self.enter(running)
-
-    def enter(self, context):
-        """Enter a context until the end of the test."""
-        value = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-        return value
-
-    def log_lines(self):
-        return (self.folder / "central.jsonl").read_text().splitlines()
-
-    def read(self, name):
-        path = self.folder / name
-        return path.read_text() if path.exists() else ""
+        with (self.folder / "central.jsonl").open("ab") as log:
+            log.write(b"\xff\xfe\n")
+        self.append(record_of({"severity": "Critical", "alert_type": "last"}))
+        deadline_poll(lambda: '"last"' in self.read("seen"), 20, self.read("seen")[-500:])
+        seen = [line for line in self.read("seen").splitlines() if "first" not in line]
+        alerts = [json.loads(line) for line in seen if "DEBUG" not in line]
+        self.assertEqual(["esc \x1b \x9b \u202e", "last"], [name for _, name, _ in alerts][-2:])
+        self.assertLessEqual(len(alerts), 3)  # newer versions of jq read half an emoji
+        self.assertTrue(all(line.isascii() and line.isprintable() for line in seen))
+        self.assertGreaterEqual(sum("skipped line" in line for line in seen), 4)
+        self.assertLess(max(map(len, seen)), 200)
 
 
-class PipeTest(RecipeTest):
-    def test_jq_picks_alerts_out_of_the_pipe(self):
-        parts.need_program("jq")
-        config = self.folder / "input_info.json"
-        config.write_text(json.dumps(config_of()))
-        config.chmod(0o600)
-        command = block("sh", "python3", RECIPES).replace(
-            f"python3 {PROGRAM.name}", f"'{sys.executable}' '{PROGRAM}'"
-        )
-        self.spawn(f"{{ {command}\n}} 2>errors", "picked")
-        running = Receiver.__new__(Receiver)  # of which only the port is used
-        running.port = int(
-            deadline_poll(lambda: self.read("errors").partition(" port ")[2].split(" ")[0])
-        )
-        for body in (
-            new_body(severity="Critical", description="one"),
-            new_body(severity="Minor", description="two"),
-            b"[1]",
-            b"no JSON",
-            new_body(severity="Critical", description="three"),
-        ):
-            self.assertEqual(200, running.deliver(body).status)
-        picked = deadline_poll(
-            lambda: self.read("picked").count("\n") > 1 and self.read("picked").splitlines()
-        )
-        self.assertEqual(["one", "three"], [json.loads(line)[1] for line in picked])
+class DescribeTest(RecipeTest):
+    def test_alerts_of_every_sender_are_described(self):
+        names = {}
+        exec(compile(DESCRIBE, "README.md", "exec"), names)
+        for alert, expected in RECORDS:
+            with self.subTest(alert):
+                found = names["describe"](record_of(alert))
+                self.assertEqual(expected, tuple(found.values()))
+                self.assertEqual(["severity", "state", "name", "device", "text"], list(found))
 
 
 class ChatTest(RecipeTest):
-    def test_a_chat_gets_each_alert(self):
-        for program in ("jq", "curl", "tail"):
-            parts.need_program(program)
-        received = []
+    def messages(self, text, records):
+        """Return what the chat gets for these records."""
+        failed = []
 
-        class Chat(BaseHTTPRequestHandler):
-            def do_POST(self):
-                received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                texts = [one["text"] for one in received]
-                failing = (
-                    "AP Down" in texts[-1] and texts.count(texts[-1]) == 1
-                )  # once: curl tries again
-                self.send_response(503 if failing else 200)
-                self.end_headers()
+        def answer(request):
+            if not failed:  # once, so that the first one is sent again
+                failed.append(request)
+                return 503
+            return 200
 
-            def log_message(self, *args):
-                pass
+        chat = self.endpoint(answer)
+        self.append(*records)
+        self.forward("--all", text=text, name="chat.py", CHAT_URL=chat.url)
+        deadline_poll(lambda: len(chat.requests) > len(records), 20, self.read("output"))
+        self.assertEqual(chat.payloads[0], chat.payloads[1])
+        return chat.payloads[1:]
 
-        server = HTTPServer(("127.0.0.1", 0), Chat)
-        self.addCleanup(server.server_close)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        self.addCleanup(server.shutdown)
-        command = block("sh", "title=", RECIPES)
-        receiver = self.receiver()
-        self.spawn(
-            command, environment={"CHAT_URL": f"http://127.0.0.1:{server.server_address[1]}/"}
-        )
-        self.wait_for_tail(receiver, received)
-        del received[:]
-        expected = []
-        for body, text in (
-            (
-                new_body(description='"AP" \\ 1\'s $HOME `x` é'),
-                'Major: AP disconnected: "AP" \\ 1\'s $HOME `x` é',
-            ),
-            (b'{"name": "AP Down", "summary": "s", "severity": "Minor"}', "Minor: AP Down: s"),
-            (b"[1]", "-: noc: "),
-            (b"no JSON", "-: noc: "),
-        ):
-            self.assertEqual(200, receiver.deliver(body).status)
-            expected.append({"text": text})
-        expected.insert(1, expected[1])  # this one was refused at first
-        deadline_poll(lambda: len(received) >= 5, 20)
-        self.assertEqual(expected, received)
+    def test_slack_gets_each_alert_with_its_state(self):
+        alerts = [alert for alert, _ in RECORDS]
+        alerts[0] = {**alerts[0], "description": "<!channel> on <1/1/3> & @all"}
+        alerts.append({**alerts[0], "state": "Close"})
+        records = [record_of(alert, number) for number, alert in enumerate(alerts)]
+        texts = [message["text"] for message in self.messages(recipe("import html"), records)]
+        text = "noc | OPEN | Major | AP disconnected | CNDZ1 | "
+        text += "&lt;!channel&gt; on &lt;1/1/3&gt; &amp; @\u200ball"
+        self.assertEqual(text, texts[0])
+        self.assertEqual(text.replace("OPEN", "CLOSE"), texts[-1])
+        self.assertEqual("noc | CLEARED | Critical | AP Down | CG0019588 | AP down", texts[1])
+        self.assertEqual("noc", texts[RECORDS.index(([], ("",) * 5))])
 
-        command = command.partition("tail ")[0] + 'tail -n 1 central.jsonl | jq -c "$to_teams"'
-        (attachment,) = json.loads(self.run_shell(command))["attachments"]
+    def test_teams_gets_an_adaptive_card(self):
+        text, lines = recipe("import html"), block("python", "block = {", RECIPES)
+        (old,) = [line for line in text.splitlines(True) if line.startswith("    message = ")]
+        text = text.replace(old, "".join(f"    {line}\n" for line in lines.splitlines()))
+        (message,) = self.messages(text, [record_of(RECORDS[0][0])])
+        (attachment,) = message["attachments"]
+        self.assertEqual("message", message["type"])
         self.assertEqual("application/vnd.microsoft.card.adaptive", attachment["contentType"])
+        self.assertEqual("AdaptiveCard", attachment["content"]["type"])
+        ((run,),) = [part["inlines"] for part in attachment["content"]["body"]]
+        self.assertTrue(run["text"].startswith("noc | OPEN | Major | AP disconnected"))
+
+
+class ServiceNow:
+    """A stand-in for ServiceNow's Table API, with one table of incidents."""
+
+    def __init__(self, test):
+        self.test, self.incidents, self.calls = test, {}, []
+        self.fail_next = []
+
+    def __call__(self, request):
+        test, (path, _, query) = self.test, request.path.partition("?")
+        login = base64.b64encode(b"user:pass:word").decode()
+        if request.headers["Authorization"] != f"Basic {login}":
+            return 401, {}, {"error": {"message": "User Not Authenticated"}}
+        test.assertEqual("application/json", request.headers["Accept"])
+        self.calls.append(request.command)
+        if request.command == "GET":
+            test.assertEqual("/api/now/table/incident", path)
+            fields = dict(urllib.parse.parse_qsl(query, strict_parsing=True))
+            test.assertEqual("sys_id", fields["sysparm_fields"])
+            number, states = fields["sysparm_query"].split("^")
+            test.assertEqual("stateNOT IN6,7,8", states)
+            test.assertRegex(number, r"\Acorrelation_id=[\w.:-]{1,100}\Z")
+            number = number.partition("=")[2]
+            found = [
+                {"sys_id": sys_id}
+                for sys_id, incident in self.incidents.items()
+                if incident["correlation_id"] == number and incident["state"] not in ("6", "7", "8")
+            ]
+            return 200, {}, {"result": found}
+        test.assertEqual("application/json", request.headers["Content-Type"])
+        if request.command == "POST":
+            test.assertEqual("/api/now/table/incident", path)
+            fields = {"correlation_id", "short_description", "description", "urgency"}
+            test.assertEqual(fields, set(request.payload))
+            test.assertIn(request.payload["urgency"], ("1", "2", "3"))
+            test.assertLessEqual(len(request.payload["short_description"]), 160)
+            sys_id = f"{len(self.incidents):032x}"
+            self.incidents[sys_id] = {"state": "1", **request.payload}
+            if self.fail_next:
+                return self.fail_next.pop()  # created, but the answer is lost
+            return 201, {}, {"result": {"sys_id": sys_id}}
+        test.assertEqual("PATCH", request.command)
+        test.assertRegex(path, r"\A/api/now/table/incident/[0-9a-f]{32}\Z")
+        test.assertEqual({"state", "close_code", "close_notes"}, set(request.payload))
+        self.incidents[path.rpartition("/")[2]].update(request.payload)
+        return 200, {}, {"result": {}}
+
+
+class TicketTest(RecipeTest):
+    def test_an_alert_opens_one_incident_and_its_end_resolves_it(self):
+        self.assertIn("never against ServiceNow", RECIPES)
+        new, classic = RECORDS[1][0], RECORDS[0][0]
+        active = {**new, "state": "Active", "summary": "x" * 500}
+        records = [
+            active,
+            {**active, "operation": "Update"},
+            new,
+            active,  # again, after the first incident was resolved
+            classic,
+            {**classic, "device_id": "other^ORactive=true"},
+            {**classic, "state": "Close"},
+            {**classic, "state": "Closed", "setting_id": "never opened"},
+            [],
+            {"events": [{"type": "device_down"}]},
+        ]
+        service_now = ServiceNow(self)
+        service_now.fail_next.append(500)
+        desk = self.endpoint(service_now)
+        self.append(*(record_of(alert, number) for number, alert in enumerate(records)))
+        environment = {"SERVICENOW_URL": desk.url, "SERVICENOW_LOGIN": "user:pass:word"}
+        self.forward("--all", text=recipe("import base64"), name="tickets.py", **environment)
+        deadline_poll(lambda: len(service_now.incidents) >= 6, 20, self.read("output"))
+        incidents = list(service_now.incidents.values())
         self.assertEqual(
-            [{"type": "TextBlock", "wrap": True, "text": "-: noc: "}], attachment["content"]["body"]
+            [
+                ("a-1", "6", "1"),
+                ("a-1", "1", "1"),
+                ("cid-4:CNDZ1", "6", "2"),
+                ("cid-4:other_ORactive_true", "1", "2"),
+                ("key8", "1", "3"),
+                ("key9", "1", "3"),
+            ],
+            [(one["correlation_id"], one["state"], one["urgency"]) for one in incidents],
         )
+        self.assertEqual("Critical AP Down CG0019588", incidents[0]["short_description"])
+        self.assertIn("state: Cleared", incidents[0]["close_notes"])
+        self.assertTrue(incidents[0]["close_code"])
+        self.assertEqual(1, self.read("output").count("again in"), self.read("output"))
+        self.assertNotIn("skipped", self.read("output"))
 
-    def wait_for_tail(self, receiver, received):
-        """Deliver until something arrives (tail begins at the end), and until all of that has come."""
-        sent = []
-
-        def arrives():
-            if not received:
-                sent.append(f"number {len(sent)}")
-                self.assertEqual(200, receiver.deliver(new_body(description=sent[-1])).status)
-                time.sleep(0.05)
-            return received and received[-1]["text"].endswith(sent[-1])
-
-        deadline_poll(arrives, 20)
-
-
-class SqliteTest(RecipeTest):
-    def test_each_delivery_is_in_the_database_once(self):
-        parts.need_program("sqlite3")
-        receiver, command = self.receiver(), block("sh", "sqlite3 alerts.db", RECIPES)
-        for body in (
-            new_body(description='a|b,"c"\'d\t\x1f é'),
-            new_body(),
-            b'{"name": "AP Down"}',
-            b"no JSON",
-        ):
-            self.assertEqual(200, receiver.deliver(body).status)
-        self.assertEqual("|2\nMajor|2\n", self.run_shell(command))
-        self.assertEqual(200, receiver.deliver(new_body()).status)
-        lines = self.log_lines()
-        with (self.folder / "central.jsonl").open(
-            "a"
-        ) as log:  # a line that is being written at this moment
-            log.write('{"received_at": "2026-')
-        self.assertEqual(["|2", "Major|3"], self.run_shell(command).splitlines()[-2:])
-        query = "SELECT line FROM alert ORDER BY received_at; SELECT key FROM alert ORDER BY received_at"
-        found = self.run_shell(f'sqlite3 alerts.db "{query}"').splitlines()
-        self.assertEqual(sorted(lines), sorted(found[:5]))
-        self.assertEqual(sorted(json.loads(line)["key"] for line in lines), sorted(found[5:]))
+    def test_an_answer_that_is_not_json_means_again(self):
+        answers = [200]  # an instance that sleeps answers with a page
+        desk = self.endpoint(
+            lambda request: answers.pop() if answers else (200, {}, {"result": [{}]})
+        )
+        self.append(record_of({}))
+        environment = {"SERVICENOW_URL": desk.url, "SERVICENOW_LOGIN": "a:b"}
+        self.forward("--all", text=recipe("import base64"), name="tickets.py", **environment)
+        deadline_poll(lambda: len(desk.requests) == 2, 20, self.read("output"))
+        self.assertIn("again in 1 s", self.read("output"))
 
 
 class QueueTest(RecipeTest):
     def start_broker(self):
-        """Start a RabbitMQ of our own on loopback, with all its files in the folder; return its URL."""
+        """Start a RabbitMQ on loopback, with all its files in the folder; return its URL."""
         server = next(
             (path for path in Path("/usr/lib/rabbitmq").glob("**/bin/rabbitmq-server")), None
         )
@@ -247,7 +346,9 @@ class QueueTest(RecipeTest):
             RABBITMQ_NODE_IP_ADDRESS="127.0.0.1",
             RABBITMQ_NODE_PORT=str(port),
             RABBITMQ_DIST_PORT=str(distribution),
-            RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="-kernel inet_dist_use_interface {127,0,0,1} +S 1:1",
+            RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=(
+                "-kernel inet_dist_use_interface {127,0,0,1} +S 1:1"
+            ),
         )
         broker = self.spawn([str(server)], "broker.log", environment)
 
@@ -262,39 +363,39 @@ class QueueTest(RecipeTest):
         deadline_poll(is_up, 60, "the broker does not start")
         return f"amqp://guest:guest@127.0.0.1:{port}"
 
-    def test_each_line_of_the_log_gets_to_a_consumer(self):
-        for program in ("amqp-declare-queue", "amqp-publish", "amqp-consume", "tail"):
-            parts.need_program(program)
+    def test_a_consumer_handles_each_alert_once(self):
+        parts.need_module("pika")
         environment, receiver = {"AMQP_URL": self.start_broker()}, self.receiver()
-        publish, consume = (
-            block("sh", "amqp-declare-queue", RECIPES),
-            block("sh", "while sleep 1", RECIPES),
-        )
-        self.assertIn("sleep 1; do\n  timeout 60 ", consume)
-        consume = consume.replace("sleep 1", "sleep 0.1").replace("timeout 60", "timeout 1")
-        program = self.folder / "one-alert"  # fails once, and gets that alert again
-        program.write_text(
-            "#!/bin/sh\nif [ ! -e failed ]; then touch failed; exit 1; fi\ncat >>consumed\n"
-        )
-        program.chmod(0o755)
-        self.assertEqual(200, receiver.deliver(new_body(text="x" * LONG)).status)
-        publisher = self.spawn(publish, environment=environment)
-        self.spawn(consume, environment=environment)
-        self.assertEqual(200, receiver.deliver().status)
-        self.assertEqual(200, receiver.deliver().status)
-        self.wait_for_lines(self.log_lines())
-        self.end(publisher)
+        text = recipe("import pika\n\nchannel = None")
+        (self.folder / "consumer.py").write_text(block("python", "import json, os, pika", RECIPES))
+        consume = [sys.executable, "consumer.py"]
+        self.assertEqual(200, receiver.deliver(new_body(text="x" * 100_000)).status)
+        publisher = self.forward("--all", text=text, python=None, **environment)
+        consumer = self.spawn(consume, "consumed", environment)
+        for _ in range(20):
+            self.assertEqual(200, receiver.deliver().status)
+        self.wait_for_keys()
+        self.end(publisher, signal.SIGKILL)
+        self.end(consumer, signal.SIGKILL)
         self.assertEqual(200, receiver.deliver().status)  # while nothing publishes
-        lines = self.log_lines()
-        self.spawn(publish, environment=environment)
-        self.wait_for_lines(lines)
-        keys = {json.loads(line)["key"] for line in self.read("consumed").splitlines()}
-        self.assertEqual({json.loads(line)["key"] for line in lines}, keys)
-
-    def wait_for_lines(self, lines):
-        deadline_poll(
-            lambda: set(lines) <= set(self.read("consumed").splitlines()), 20, "a line is missing"
+        (self.folder / "central.forward.py.position").unlink()  # so all are published again
+        self.forward("--all", text=text, python=None, **environment)
+        self.spawn(consume, "consumed", environment)
+        self.wait_for_keys()
+        self.append(
+            record_of(None, key=None), record_of(None, key=None), record_of(None, key="end")
         )
+        deadline_poll(lambda: self.consumed()[-1:] == ["end"], 20)
+        self.assertEqual(["None", "None"], self.consumed()[-3:-1])
+
+    def consumed(self):
+        return [line.split()[1] for line in self.read("consumed").splitlines()]
+
+    def wait_for_keys(self):
+        """Wait until what was consumed is exactly what is in the log."""
+        keys = [json.loads(line)["key"] for line in self.log_lines()]
+        deadline_poll(lambda: len(self.consumed()) >= len(keys), 20, self.read("output"))
+        self.assertEqual(keys, self.consumed())
 
 
 class RsyslogTest(RecipeTest):
@@ -306,7 +407,7 @@ class RsyslogTest(RecipeTest):
             for name in ("imfile", "imtcp")
         )
         for old, new in (
-            (LOG, str(self.folder / "central.jsonl")),
+            (LOG, str(self.log)),
             ("second.example.com", "127.0.0.1"),
             ('Port="10514"', f'Port="{port}"'),
             ("/var/log/central.jsonl", str(self.folder / "copy.jsonl")),
@@ -330,9 +431,7 @@ class RsyslogTest(RecipeTest):
             self.assertEqual(200, receiver.deliver(new_body(description="é\t\"'\\")).status)
             lines += self.log_lines()
             self.wait_for_copy(lines)
-            (self.folder / "central.jsonl").rename(self.folder / f"central.jsonl.{number}")
-            receiver.process.send_signal(signal.SIGHUP)
-            deadline_poll((self.folder / "central.jsonl").exists)
+            self.log.rename(self.folder / f"central.jsonl.{number}")  # the receiver notices
 
     def wait_for_copy(self, lines):
         deadline_poll(lambda: self.read("copy.jsonl").splitlines() == lines, 30, "the copy differs")
@@ -344,28 +443,76 @@ class RsyslogTest(RecipeTest):
 
 
 class LogrotateTest(RecipeTest):
-    def test_logrotate_moves_the_log_and_nothing_is_lost(self):
+    def test_logrotate_moves_the_log_and_forward_gets_all(self):
         logrotate = parts.need_program("logrotate")
-        receiver = self.receiver()
-        text = block("logrotate", LOG, RECIPES).replace(LOG, str(self.folder / "central.jsonl"))
-        self.assertIn("systemctl reload centralwebhook.service", text)
-        text = text.replace(
-            "systemctl reload centralwebhook.service", f"kill -HUP {receiver.process.pid}"
-        )
+        receiver, to = self.receiver(), self.endpoint()
+        text = block("logrotate", LOG, RECIPES).replace(LOG, str(self.log))
         conf = self.folder / "logrotate.conf"
         conf.write_text(text)
         conf.chmod(0o644)
         os.chmod(self.folder, 0o755)
-        bodies = [new_body() for _ in range(3)]
-        for body in bodies:
-            self.assertEqual(200, receiver.deliver(body).status)
+        bodies = [new_body() for _ in range(5)]
+        for number, body in enumerate(bodies):
+            self.assertEqual(200, receiver.deliver(body).status)  # it notices the rotation
+            if number == 0:
+                self.forward("--all", FORWARD_URL=to.url)
+            if number in (0, 2, 4):  # in between, it lags
+                deadline_poll(lambda count=number + 1: len(to.requests) >= count, 20)
             self.run_shell(f"'{logrotate}' --force --state state logrotate.conf")
-            deadline_poll((self.folder / "central.jsonl").exists)
-        self.assertEqual("", self.read("central.jsonl"))
-        self.assertTrue((self.folder / "central.jsonl.3.gz").exists())
-        self.run_shell("gunzip central.jsonl.2.gz central.jsonl.3.gz")
-        kept = [json.loads(self.read(f"central.jsonl.{number}"))["alert"] for number in (3, 2, 1)]
-        self.assertEqual([json.loads(body) for body in bodies], kept)
+        self.assertFalse(self.log.exists())
+        self.assertTrue((self.folder / "central.jsonl.5.gz").exists())
+        self.assertEqual(
+            [json.loads(body) for body in bodies], [one["alert"] for one in to.payloads]
+        )
+
+
+class UnitTest(RecipeTest):
+    def test_systemd_accepts_the_unit(self):
+        analyze = parts.need_program("systemd-analyze")
+        unit = block("ini", "[Service]\nExecStart=/usr/bin/python3 /opt/centralwebhook/fo", RECIPES)
+        script = "/opt/centralwebhook/forward.py"
+        self.assertIn(script, unit)
+        (self.folder / "forward.py").write_text(FORWARD)
+        unit = unit.replace(script, str(self.folder / "forward.py"))
+        (self.folder / "centralwebhook-forward.service").write_text(unit)
+        done = subprocess.run(
+            [analyze, "verify", "--man=no", "./centralwebhook-forward.service"],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        self.assertNotIn("centralwebhook-forward", done.stderr)
+
+
+class ContainerTest(RecipeTest):
+    def test_the_compose_file_says_what_the_text_says(self):
+        parts.need_module("yaml")
+        import yaml
+
+        services = yaml.safe_load(block("yaml", "services:", RECIPES))
+        receiver, nginx = (services["services"][name] for name in ("receiver", "nginx"))
+        (network,) = services["networks"]["proxy"]["ipam"]["config"]
+        self.assertIn(f'"trusted_proxies": ["{network["subnet"]}"]', RECIPES)
+        self.assertTrue(receiver["read_only"])
+        self.assertRegex(receiver["user"], r"\A[1-9]\d*:\d+\Z")
+        self.assertNotIn("ports", receiver)
+        self.assertEqual(["443:443"], nginx["ports"])
+        run = block("sh", "sudo install -d", RECIPES)
+        self.assertIn(f" {receiver['image']} {receiver['command']}\n", run)
+        for volume in receiver["volumes"]:
+            self.assertIn(f'-v "$PWD/{volume[2:]}"', run)
+        kind, program, option, code = receiver["healthcheck"]["test"]
+        self.assertEqual(("CMD", "python3", "-c"), (kind, program, option))
+        with self.receiver_of_a_container() as running:
+            code = code.replace("127.0.0.1:8010", f"127.0.0.1:{running.port}")
+            self.run_shell(f"'{sys.executable}' -c \"{code}\"")
+        with self.assertRaises(AssertionError):
+            self.run_shell(f"'{sys.executable}' -c \"{code}\" 2>&1")
+
+    @staticmethod
+    def receiver_of_a_container():
+        return Receiver()
 
 
 if __name__ == "__main__":
