@@ -17,6 +17,8 @@ import unittest
 import urllib.parse
 from pathlib import Path
 
+from central_webhook_client import Summary, summarize
+
 from ..support import PATH, PROGRAM, TOKEN, Receiver, deadline_poll, new_body
 from ..test_readme import block, section
 from . import parts
@@ -150,6 +152,24 @@ class WatchTest(RecipeTest):
         self.assertTrue(all(line.isascii() and line.isprintable() for line in seen))
         self.assertGreaterEqual(sum("skipped line" in line for line in seen), 4)
         self.assertLess(max(map(len, seen)), 200)
+
+
+class SummarizeTest(RecipeTest):
+    def test_alerts_of_every_sender_are_summarized(self):
+        self.assertIn(
+            ", ".join(f"`{field}`" for field in Summary._fields), " ".join(RECIPES.split())
+        )
+        expected = [  # severity, state, name, device, site, description
+            ("Major", "Open", "AP disconnected", "CNDZ1", "", "AP ap-17 disconnected"),
+            ("Critical", "Cleared", "AP Down", "CG0019588", "", "AP down"),
+            ("critical", "", "alarms device_down (2 events)", "aa", "", ""),
+            ("", "failed", "snapshot", "", "", "no disk"),
+            ("", "", "session.completed", "", "", ""),
+            ("", "", "", "", "", ""),
+            ("", "", "SSID \ud83d", "", "", ""),
+            *[("", "", "", "", "", "")] * 5,
+        ]
+        self.assertEqual(expected, [tuple(summarize(alert)) for alert in ALERTS])
 
 
 class ChatTest(RecipeTest):
@@ -355,11 +375,16 @@ class QueueTest(RecipeTest):
         (self.folder / "consumer.py").write_text(block("python", "import json, os, pika", RECIPES))
         consume = [sys.executable, "consumer.py"]
         self.assertEqual(200, receiver.deliver(new_body(text="x" * 100_000)).status)
-        publisher = self.forward("--all", text=text, python=None, **environment)
+        impatient = {"AMQP_URL": f"{environment['AMQP_URL']}/%2F?heartbeat=1"}
+        publisher = self.forward("--all", text=text, python=None, **impatient)
         consumer = self.spawn(consume, "consumed", environment)
         for _ in range(20):
             self.assertEqual(200, receiver.deliver().status)
         self.wait_for_keys()
+        deadline_poll(lambda: "missed heartbeats" in self.read("broker.log"), 30)
+        self.assertEqual(200, receiver.deliver().status)  # the broker has closed the connection
+        self.wait_for_keys()
+        self.assertIn("again in 1 s", self.read("output"))
         self.end(publisher, signal.SIGKILL)
         self.end(consumer, signal.SIGKILL)
         self.assertEqual(200, receiver.deliver().status)  # while nothing publishes
