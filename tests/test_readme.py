@@ -43,7 +43,7 @@ EXECUTED = {
     ),
     "(umask 077; cp": "test_readme.FirstScreenTest.test_the_installed_receiver_says_what_is_shown",
     "{ echo": "test_readme.SnippetTest.test_the_copied_section_verifies_on_its_own",
-    "grep": "test_readme.ReferenceTest.test_every_security_comment_has_its_row",
+    "grep": "test_readme.ReferenceTest.test_the_security_comments_are_found_as_shown",
     "git clone": "interop.test_readme.GetItTest.test_the_clone_and_the_download_are_the_program",
     "sudo cp": "interop.test_readme.NginxTest.test_a_sample_goes_through_nginx_as_installed",
     "curl -s http://127.0.0.1:8010/health": (
@@ -56,21 +56,23 @@ EXECUTED = {
     "python3 central_webhook_client.py --demo &&": (
         "interop.test_readme.UpgradeTest.test_a_new_version_is_tried_before_the_restart"
     ),
+    "python3 my_receiver.py": (
+        "interop.test_recipes.OwnCodeTest.test_a_program_of_ones_own_takes_the_place_of_the_receiver"
+    ),
     "tail -n 0 -F": (
         "interop.test_recipes.WatchTest."
         "test_jq_shows_critical_alerts_and_goes_on_after_what_it_cannot_read"
     ),
-    "python3 my_receiver.py": "interop.test_recipes.OwnCodeTest",
 }
 NOT_EXECUTED = {  # and why
-    "pip install": "installs; interop/test_dashboard.py runs the last line, and dashboard.py",
-    "sudo install": "needs a container engine; interop/test_recipes.py compares it with compose",
     "sudo setsebool": "needs a kernel with SELinux",
     "certbot": "needs a public name",
     "sudo systemctl daemon-reload": "needs systemd as PID 1; test_systemd.py checks the units",
     "adduser": "changes the machine",
+    "pip install": "installs; interop/test_dashboard.py runs the last line, and dashboard.py",
+    "sudo install": "needs a container engine; interop/test_recipes.py compares it with compose",
     "python3 -m tests.benchmark": "takes minutes",
-    "python3 -m unittest": "is what runs this test",
+    "python3 -m unittest": "is what runs this test; interop/test_recipes.py runs that of own code",
 }
 PROGRAMS = "adduser|certbot|curl|git|grep|python3|sudo"  # what begins a command within a text
 
@@ -230,6 +232,7 @@ class ReferenceTest(unittest.TestCase):
             self.assertEqual(
                 (scheme.header, scheme.prefix), (header.lower(), prefix.replace("...", ""))
             )
+        self.assertIn("`bracken` and `entrupy` look like `mist`", section("Other senders"))
         undetected = {name for name, row in rows.items() if row[4] == "not detected"}
         self.assertEqual(set(client.NO_DEDUP), undetected)
 
@@ -240,7 +243,10 @@ class ReferenceTest(unittest.TestCase):
         by_nginx = set()
         for statuses, reason, *_ in table("status", section("Troubleshooting")):
             reasons = code_of(reason)
-            if reasons:
+            if reasons == ["accepted", "duplicate"]:
+                self.assertEqual("200", statuses)
+                found |= {("200", "accepted"), ("200", "duplicate")}
+            elif reasons:
                 self.assertEqual(statuses.count(","), len(reasons) - 1)
                 found |= set(zip(statuses.split(", "), reasons))
             if "by nginx" in reason:
@@ -282,11 +288,9 @@ class ReferenceTest(unittest.TestCase):
     def test_every_option_is_described(self):
         _, text, _ = run_at_once(["--help"], env={**os.environ, "COLUMNS": "200"})[0]
         options = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
+        (paragraph,) = re.findall(r"(?ms)^Options: .+?\n\n", section("Configuration"))
         shown = {
-            option
-            for row in table("option")
-            for code in code_of(row[0])
-            for option in re.findall("^-[-a-zA-Z]+", code)
+            option for code in code_of(paragraph) for option in re.findall("^-[-a-zA-Z]+", code)
         }
         self.assertEqual(options, shown)
         used = set(re.findall(r"central_webhook_client\.py [^\n`]*?(--[a-z-]+)", TEXT))
@@ -304,19 +308,15 @@ class ReferenceTest(unittest.TestCase):
         (example,) = blocks("json", section("What it prints"))
         self.assertEqual(stdout[0], list(json.loads(example)))
 
-    def test_every_security_comment_has_its_row(self):
+    @unittest.skipUnless(shutil.which("grep"), "needs grep")
+    def test_the_security_comments_are_found_as_shown(self):
         (command,) = [one for one in inline_commands() if one.startswith("grep")]
-        begins = [row[0] for row in table("the comment begins")]
-        comments = re.findall(r"# Security: (.*)", SOURCE)
-        self.assertEqual(len(comments), len(begins))
-        for comment in comments:
-            with self.subTest(comment):
-                self.assertEqual(1, sum(comment.startswith(begin) for begin in begins))
-        if shutil.which("grep"):
-            done = subprocess.run(
-                ["sh", "-c", command], cwd=TOP, capture_output=True, text=True, timeout=10
-            )
-            self.assertEqual(len(comments), done.stdout.count("# Security:"))
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=TOP, capture_output=True, text=True, timeout=10
+        )
+        found = done.stdout.count("# Security:")
+        self.assertGreater(found, 0)
+        self.assertEqual(SOURCE.count("# Security:"), found)
 
     def test_links_within_the_file_lead_somewhere(self):
         titles = re.findall("(?m)^#{2,} (.+)$", TEXT)
@@ -334,7 +334,7 @@ class ReferenceTest(unittest.TestCase):
                 self.assertEqual(1, sum(code.startswith(start) for start in known))
         for start in known:
             with self.subTest(start):
-                self.assertEqual(1, sum(code.startswith(start) for code in found))
+                self.assertTrue(any(code.startswith(start) for code in found))
         loader = unittest.TestLoader()
         for test in EXECUTED.values():
             loader.loadTestsFromName(f"tests.{test}")
@@ -366,6 +366,8 @@ class ConfigurationTest(unittest.TestCase):
 
     def test_the_worked_configurations_lack_nothing_but_the_secrets(self):
         (shown,) = [json.loads(code) for code in blocks("json", section("Other senders"))]
+        mist = next(webhook for webhook in shown if webhook["type"] == "mist")
+        shown += [{**mist, "name": name, "type": name} for name in ("bracken", "entrupy")]
         self.assertEqual(set(client.TYPES) - {"central"}, {webhook["type"] for webhook in shown})
         for found in [*shown, shown]:  # each alone, and all together
             text = json.dumps(config_of(webhook=found))
@@ -410,11 +412,11 @@ class SnippetTest(unittest.TestCase):
             module.verify_signature(body.replace(b"DZ1", b"DZ2"), headers, TOKEN)
 
     def test_one_row_adds_a_sender(self):
-        (row,) = blocks("python", section("Other senders"))
+        (row,) = re.findall(r'`("github": .+)`', section("Other senders"))
         path = self.folder / PROGRAM.name
         source = path.read_text(encoding="utf-8")
         start = re.search(r"(?m)^HEADER_SIGNATURES\b.*= \{.*\n", source).end()
-        path.write_text(source[:start] + row + source[start:], encoding="utf-8")
+        path.write_text(f"{source[:start]}{row}\n{source[start:]}", encoding="utf-8")
         secret, body = "It's a Secret to Everybody", b"Hello, World!"  # of GitHub's documentation
         signature = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
         webhook = {"name": "github", "type": "github", "path": PATH, "token": secret}

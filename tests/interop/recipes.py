@@ -15,21 +15,20 @@ import unittest
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-from ..support import Receiver, config_of
+from ..support import PROGRAM, Receiver, config_of
 from ..test_readme import block, section
 from . import parts
 
 RECIPES = section("Send alerts on")
 FORWARD = block("python", '"""Send each line', RECIPES)
-DESCRIBE = block("python", "def describe", RECIPES)
 
 
 def recipe(start):
     """Return forward.py with the block that begins so in place of `send`, as README.md says."""
     before, after = FORWARD.index("def send("), FORWARD.index("def deliver(")
     body = block("python", start, RECIPES)
-    if "describe(" in body:
-        body = f"{DESCRIBE}\n\n{body}"
+    if "post(" in body:  # the chat
+        body = FORWARD[before:after].replace("def send(", "def post(") + body
     return f"{FORWARD[:before]}{body}\n\n{FORWARD[after:]}"
 
 
@@ -154,6 +153,7 @@ class RecipeTest(unittest.TestCase):
     def forward(self, *options, text=FORWARD, name="forward.py", python="-S", **environment):
         """Start forward.py, or a copy of it with another `send`."""
         (self.folder / name).write_text(text, encoding="utf-8")
+        shutil.copy(PROGRAM, self.folder)
         command = [sys.executable, *([python] if python else []), name, *options, "central.jsonl"]
         return self.spawn(command, environment=environment)
 

@@ -16,7 +16,7 @@ from ..test_readme import block
 from . import parts
 from .recipes import RECIPES, RecipeTest, recipe
 
-DASHBOARD = recipe('import sqlite3\n\ndatabase = sqlite3.connect("alerts.db")')
+DASHBOARD = recipe("import sqlite3\n")
 
 
 class SqliteTest(RecipeTest):

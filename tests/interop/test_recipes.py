@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,63 +17,53 @@ import unittest
 import urllib.parse
 from pathlib import Path
 
-from ..support import PATH, PROGRAM, TOKEN, Receiver, deadline_poll, new_body
-from ..test_readme import block
-from . import parts
-from .recipes import DESCRIBE, FORWARD, RECIPES, RecipeTest, recipe
+from central_webhook_client import Summary, summarize
 
+from ..support import PATH, PROGRAM, TOKEN, Receiver, deadline_poll, new_body
+from ..test_readme import block, section
+from . import parts
+from .recipes import FORWARD, RECIPES, RecipeTest, recipe
+
+CONTAINER = section("As a service")
 LOG = "/var/lib/centralwebhook/central.jsonl"
 LONG = 20_000  # characters: more than the 8 KiB at which rsyslog cuts by default
 
-# A record of each sender, and what is expected of it: severity, state, name, device, text.
-RECORDS = (
-    (
-        {
-            "alert_type": "AP disconnected",
-            "severity": "Major",
-            "state": "Open",
-            "description": "AP ap-17 disconnected",
-            "device_id": "CNDZ1",
-            "setting_id": "cid-4",
-        },
-        ("Major", "Open", "AP disconnected", "CNDZ1", "AP ap-17 disconnected"),
-    ),
-    (
-        {
-            "id": "e1",
-            "alertId": "a-1",
-            "name": "AP Down",
-            "severity": "Critical",
-            "state": "Cleared",
-            "summary": "AP down",
-            "notes": None,
-            "impactedEntities": {"deviceSerial": ["CG0019588"], "clientMac": []},
-            "additionalDetails": [{"hostname": "h"}],
-        },
-        ("Critical", "Cleared", "AP Down", "CG0019588", "AP down"),
-    ),
-    (
-        {
-            "topic": "alarms",
-            "events": [
-                {"type": "device_down", "severity": "critical", "mac": "aa", "timestamp": 1},
-                {"type": "device_up"},
-            ],
-        },
-        ("critical", "", "device_down", "aa", ""),
-    ),
-    (
-        {"type": "snapshot", "action": "discover", "status": "failed", "reason": "no disk"},
-        ("", "failed", "snapshot", "", "no disk"),
-    ),
-    ({"event": "session.completed"}, ("", "", "session.completed", "", "")),
-    ({"username": "Test-User"}, ("", "", "", "", "")),
-    ({"alert_type": "SSID \ud83d", "details": None}, ("", "", "SSID ?", "", "")),
-    ({"details": [1], "severity": {"a": 1}, "state": []}, ("", "", "", "", "")),
-    ([], ("", "", "", "", "")),
-    (None, ("", "", "", "", "")),
-    ("text", ("", "", "", "", "")),
-    (5, ("", "", "", "", "")),
+ALERTS = (  # of each sender, and what none should send
+    {
+        "alert_type": "AP disconnected",
+        "severity": "Major",
+        "state": "Open",
+        "description": "AP ap-17 disconnected",
+        "device_id": "CNDZ1",
+        "setting_id": "cid-4",
+    },
+    {
+        "id": "e1",
+        "alertId": "a-1",
+        "name": "AP Down",
+        "severity": "Critical",
+        "state": "Cleared",
+        "summary": "AP down",
+        "notes": None,
+        "impactedEntities": {"deviceSerial": ["CG0019588"], "clientMac": []},
+        "additionalDetails": [{"hostname": "h"}],
+    },
+    {
+        "topic": "alarms",
+        "events": [
+            {"type": "device_down", "severity": "critical", "mac": "aa", "timestamp": 1},
+            {"type": "device_up"},
+        ],
+    },
+    {"type": "snapshot", "action": "discover", "status": "failed", "reason": "no disk"},
+    {"event": "session.completed"},
+    {"username": "Test-User"},
+    {"alert_type": "SSID \ud83d", "details": None},
+    {"details": [1], "severity": {"a": 1}, "state": []},
+    [],
+    None,
+    "text",
+    5,
 )
 
 
@@ -87,7 +78,7 @@ class OwnCodeTest(RecipeTest):
     def setUp(self):
         super().setUp()
         shutil.copy(PROGRAM, self.folder)
-        code = block("python", "import sys\n\nimport central_webhook_client", RECIPES)
+        code = block("python", "import sys\nimport central_webhook_client", RECIPES)
         (self.folder / "my_receiver.py").write_text(code)
         self.config = {
             "webclient_info": {"host": "127.0.0.1", "port": 0},
@@ -100,6 +91,13 @@ class OwnCodeTest(RecipeTest):
         (self.folder / "test_my_receiver.py").write_text(code)
         self.assertIn("Ran 1 test", self.run_shell(f"'{sys.executable}' -m unittest"))
 
+    def test_a_program_of_ones_own_takes_the_place_of_the_receiver(self):
+        program = self.folder / "my_receiver.py"
+        with Receiver(self.config, program=program) as receiver:
+            for alert in ALERTS:
+                self.assertEqual(200, receiver.deliver(json.dumps(alert).encode()).status)
+            receiver.wait_for_log("noc Open AP disconnected CNDZ1")
+
     def test_one_changed_line_posts_to_the_chat(self):
         self.assertIn("set `handle_alert = post_to_slack`", RECIPES)
         path = self.folder / PROGRAM.name
@@ -109,11 +107,11 @@ class OwnCodeTest(RecipeTest):
         path.write_text(source.replace(line, "handle_alert = post_to_slack"), encoding="utf-8")
         chat = self.endpoint()
         with Receiver(self.config, program=path, environment={"CHAT_URL": chat.url}) as receiver:
-            for alert, _ in RECORDS:
+            for alert in ALERTS:
                 body = json.dumps(alert).encode()
                 self.assertEqual(200, receiver.deliver(body).status)
             self.assertEqual(200, receiver.deliver(new_body(name="<!channel> & 2")).status)
-            deadline_poll(lambda: len(chat.requests) == len(RECORDS) + 1, 10)
+            deadline_poll(lambda: len(chat.requests) == len(ALERTS) + 1, 10)
         texts = [payload["text"] for payload in chat.payloads]
         self.assertNotIn("<", "".join(texts))
         for word in ("Open", "AP disconnected", "CNDZ1"):
@@ -140,7 +138,7 @@ class WatchTest(RecipeTest):
             '{"received_at": "20\n',
             "a\0b\n\n",
             *(json.dumps(alert) + "\n" for alert in ([], None, 5, "text", {}, {"alert": "x"})),
-            *(record_of(alert) for alert, _ in RECORDS if "AP Down" not in str(alert)),
+            *(record_of(alert) for alert in ALERTS if "AP Down" not in str(alert)),
             record_of({"severity": "Critical", "alert_type": "esc \x1b \x9b \u202e", "summary": 1}),
         )
         with (self.folder / "central.jsonl").open("ab") as log:
@@ -156,15 +154,22 @@ class WatchTest(RecipeTest):
         self.assertLess(max(map(len, seen)), 200)
 
 
-class DescribeTest(RecipeTest):
-    def test_alerts_of_every_sender_are_described(self):
-        names = {}
-        exec(compile(DESCRIBE, "README.md", "exec"), names)
-        for alert, expected in RECORDS:
-            with self.subTest(alert):
-                found = names["describe"](record_of(alert))
-                self.assertEqual(expected, tuple(found.values()))
-                self.assertEqual(["severity", "state", "name", "device", "text"], list(found))
+class SummarizeTest(RecipeTest):
+    def test_alerts_of_every_sender_are_summarized(self):
+        self.assertIn(
+            ", ".join(f"`{field}`" for field in Summary._fields), " ".join(RECIPES.split())
+        )
+        expected = [  # severity, state, name, device, site, description
+            ("Major", "Open", "AP disconnected", "CNDZ1", "", "AP ap-17 disconnected"),
+            ("Critical", "Cleared", "AP Down", "CG0019588", "", "AP down"),
+            ("critical", "", "alarms device_down (2 events)", "aa", "", ""),
+            ("", "failed", "snapshot", "", "", "no disk"),
+            ("", "", "session.completed", "", "", ""),
+            ("", "", "", "", "", ""),
+            ("", "", "SSID \ud83d", "", "", ""),
+            *[("", "", "", "", "", "")] * 5,
+        ]
+        self.assertEqual(expected, [tuple(summarize(alert)) for alert in ALERTS])
 
 
 class ChatTest(RecipeTest):
@@ -180,13 +185,13 @@ class ChatTest(RecipeTest):
 
         chat = self.endpoint(answer)
         self.append(*records)
-        self.forward("--all", text=text, name="chat.py", CHAT_URL=chat.url)
+        self.forward("--all", text=text, name="chat.py", FORWARD_URL=chat.url)
         deadline_poll(lambda: len(chat.requests) > len(records), 20, self.read("output"))
         self.assertEqual(chat.payloads[0], chat.payloads[1])
         return chat.payloads[1:]
 
     def test_slack_gets_each_alert_with_its_state(self):
-        alerts = [alert for alert, _ in RECORDS]
+        alerts = list(ALERTS)
         alerts[0] = {**alerts[0], "description": "<!channel> on <1/1/3> & @all"}
         alerts.append({**alerts[0], "state": "Close"})
         records = [record_of(alert, number) for number, alert in enumerate(alerts)]
@@ -196,13 +201,13 @@ class ChatTest(RecipeTest):
         self.assertEqual(text, texts[0])
         self.assertEqual(text.replace("OPEN", "CLOSE"), texts[-1])
         self.assertEqual("noc | CLEARED | Critical | AP Down | CG0019588 | AP down", texts[1])
-        self.assertTrue(texts[RECORDS.index(([], ("",) * 5))].startswith('noc | {"received_at'))
+        self.assertEqual("noc", texts[ALERTS.index([])])
 
     def test_teams_gets_an_adaptive_card(self):
-        text, lines = recipe("import html"), block("python", "block = {", RECIPES)
-        (old,) = [line for line in text.splitlines(True) if line.startswith("    message = ")]
-        text = text.replace(old, "".join(f"    {line}\n" for line in lines.splitlines()))
-        (message,) = self.messages(text, [record_of(RECORDS[0][0])])
+        self.assertIn("# for a workflow of Teams: post(card(text))", RECIPES)
+        text, number = re.subn(r"(?m)^    post\(.*$", "    post(card(text))", recipe("import html"))
+        self.assertEqual(1, number)
+        (message,) = self.messages(text, [record_of(ALERTS[0])])
         (attachment,) = message["attachments"]
         self.assertEqual("message", message["type"])
         self.assertEqual("application/vnd.microsoft.card.adaptive", attachment["contentType"])
@@ -261,7 +266,7 @@ class ServiceNow:
 class TicketTest(RecipeTest):
     def test_an_alert_opens_one_incident_and_its_end_resolves_it(self):
         self.assertIn("never against ServiceNow", RECIPES)
-        new, classic = RECORDS[1][0], RECORDS[0][0]
+        new, classic = ALERTS[1], ALERTS[0]
         active = {**new, "state": "Active", "summary": "x" * 500}
         records = [
             active,
@@ -370,11 +375,16 @@ class QueueTest(RecipeTest):
         (self.folder / "consumer.py").write_text(block("python", "import json, os, pika", RECIPES))
         consume = [sys.executable, "consumer.py"]
         self.assertEqual(200, receiver.deliver(new_body(text="x" * 100_000)).status)
-        publisher = self.forward("--all", text=text, python=None, **environment)
+        impatient = {"AMQP_URL": f"{environment['AMQP_URL']}/%2F?heartbeat=1"}
+        publisher = self.forward("--all", text=text, python=None, **impatient)
         consumer = self.spawn(consume, "consumed", environment)
         for _ in range(20):
             self.assertEqual(200, receiver.deliver().status)
         self.wait_for_keys()
+        deadline_poll(lambda: "missed heartbeats" in self.read("broker.log"), 30)
+        self.assertEqual(200, receiver.deliver().status)  # the broker has closed the connection
+        self.wait_for_keys()
+        self.assertIn("again in 1 s", self.read("output"))
         self.end(publisher, signal.SIGKILL)
         self.end(consumer, signal.SIGKILL)
         self.assertEqual(200, receiver.deliver().status)  # while nothing publishes
@@ -490,15 +500,18 @@ class ContainerTest(RecipeTest):
         parts.need_module("yaml")
         import yaml
 
-        services = yaml.safe_load(block("yaml", "services:", RECIPES))
+        services = yaml.safe_load(block("yaml", "services:", CONTAINER))
         receiver, nginx = (services["services"][name] for name in ("receiver", "nginx"))
-        (network,) = services["networks"]["proxy"]["ipam"]["config"]
-        self.assertIn(f'"trusted_proxies": ["{network["subnet"]}"]', RECIPES)
+        (proxies,) = re.findall(r'`("trusted_proxies": .+?)`', CONTAINER)
+        self.assertNotIn("networks", services)  # so their addresses are of Docker's own pools
+        self.assertEqual(
+            ["172.16.0.0/12", "192.168.0.0/16"], json.loads(f"{{{proxies}}}")["trusted_proxies"]
+        )
         self.assertTrue(receiver["read_only"])
         self.assertRegex(receiver["user"], r"\A[1-9]\d*:\d+\Z")
         self.assertNotIn("ports", receiver)
         self.assertEqual(["443:443"], nginx["ports"])
-        run = block("sh", "sudo install -d", RECIPES)
+        run = block("sh", "sudo install -d", CONTAINER)
         self.assertIn(f" {receiver['image']} {receiver['command']}\n", run)
         for volume in receiver["volumes"]:
             self.assertIn(f'-v "$PWD/{volume[2:]}"', run)
