@@ -1233,12 +1233,14 @@ def check_age(
     hours = (now - sent_at) / 3600
     if now - sent_at > window_seconds:
         allowed = window_seconds / 3600
-        raise Refusal("stale", f"sent {hours:.1f} hours ago, allowed are {allowed:g}: a clock off?")
+        raise Refusal(
+            "stale", f"sent {hours:.1f} hours ago, allowed are {allowed:g}: is a clock wrong?"
+        )
     if sent_at - now > MAX_FUTURE_SECONDS:
-        raise Refusal("stale", f"sent {-60 * hours:.0f} minutes in the future: a clock off?")
+        raise Refusal("stale", f"sent {-60 * hours:.0f} minutes in the future: is a clock wrong?")
 
 
-DedupKeys = tuple[bytes, ...]  # each of them identifies a delivery; empty: nothing does
+DedupKeys = tuple[bytes, ...]  # each identifies a delivery; empty: the type has none
 
 
 def short_digest(*parts: bytes) -> bytes:
@@ -1341,15 +1343,15 @@ def restore_replay_caches(
     oldest = b""
     if window_seconds:
         oldest = format_utc(now - window_seconds - MAX_FUTURE_SECONDS).encode()
-    is_empty = True
+    is_useless = False  # it holds something that should have been remembered, or is not ours
     try:
         for line in lines_from_end(path):
-            is_empty = is_empty and not line
             match = _LOG_LINE.fullmatch(line)
+            if match and match[1] < oldest:
+                break
+            is_useless = is_useless or bool(line)
             if not match:
                 continue
-            if match[1] < oldest:
-                break
             with contextlib.suppress(KeyError, ValueError):  # another webhook; not hexadecimal
                 keys = tuple(bytes.fromhex(part) for part in match[3].decode().split("."))
                 if not wanted[match[2]].restore(keys):
@@ -1359,7 +1361,7 @@ def restore_replay_caches(
     except OSError as error:
         raise OutputError(f"webclient_info.log_file: {path}: {error.strerror}") from None
     count = sum(len(cache.order) for cache in caches.values())
-    if count or is_empty:
+    if count or not is_useless:
         log.info("%d deliveries remembered from %s", count, path)
     else:
         advice = "was a webhook renamed, or is it the log of another program?"
@@ -1431,8 +1433,9 @@ class Entry:
     delivery: Delivery
     keys: DedupKeys
     replay_cache: ReplayCache
-    shown: bytes  # for stdout
-    line: str  # for the log, where the key is added to it
+    stdout_bytes: bytes
+    json_line: str  # for the log, where the key is added to it
+    turn: threading.Lock  # released when it is written, or when its thread is to write
     is_done: bool = False
     error: str = ""  # why it was not stored
 
@@ -1513,9 +1516,9 @@ class LogFile:
 class Output:
     """stdout and the log: what is accepted is written to both before it is answered.
 
-    Many threads write. Each adds its entry to the pending ones and takes the lock; the one that
-    gets it writes all that are pending, with one sync (group commit), and the others find theirs
-    done. Replay caches and `handle_alert` get what is stored in the order of the log.
+    Many threads write. Each adds its entry to the pending ones. The one that gets the lock writes
+    all that are pending, with one sync (group commit), wakes their threads, and then the thread of
+    the next pending entry. Replay caches and `handle_alert` get what is stored in log order.
     """
 
     def __init__(
@@ -1548,60 +1551,77 @@ class Output:
         """Return True if the last write failed, or the present one takes too long."""
         return bool(self.error) or time.monotonic() > self.write_deadline
 
-    def write(self, delivery: Delivery, keys: DedupKeys, replay_cache: ReplayCache) -> None:
+    def render_entry(self, delivery: Delivery, keys: DedupKeys, replay_cache: ReplayCache) -> Entry:
+        """Return a delivery, rendered for `write`."""
+        line = render_json(delivery)
+        shown = line if self.render is render_json else self.render(delivery)
+        turn = threading.Lock()
+        turn.acquire()
+        return Entry(delivery, keys, replay_cache, shown.encode(), line, turn)
+
+    def write(self, entry: Entry) -> None:
         """Write a delivery to stdout, and then to the log, there on disk; commit its keys.
 
         Raises OutputError if it is not stored. If a write hangs, it may be stored later.
         """
         deadline = time.monotonic() + self.write_timeout
-        line = render_json(delivery)
-        shown = line if self.render is render_json else self.render(delivery)
-        entry = Entry(delivery, keys, replay_cache, shown.encode(), line)
         self.pending.append(entry)
-        if not self.lock.acquire(timeout=self.write_timeout):
-            with contextlib.suppress(ValueError):  # its writer is at it, and will commit it or not
-                self.pending.remove(entry)
-                replay_cache.release(keys)
-            raise OutputError(f"not written within {self.write_timeout:g} s")
-        try:
-            if not entry.is_done:
-                self.write_pending(deadline)
-        finally:
-            self.lock.release()
+        while not entry.is_done:
+            if self.lock.acquire(blocking=False):
+                try:
+                    self.write_pending()
+                finally:
+                    self.lock.release()
+                    self.wake_next()
+            elif not entry.turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                with contextlib.suppress(ValueError):  # the thread that writes it has taken it
+                    self.pending.remove(entry)
+                    entry.replay_cache.release(entry.keys)
+                self.wake_next()
+                raise OutputError(f"not written within {self.write_timeout:g} s")
         if entry.error:
             raise OutputError(entry.error)
 
-    def write_pending(self, deadline: float) -> None:
+    def wake_next(self) -> None:
+        """Wake the thread of the first pending entry, so that it writes those that are pending."""
+        with contextlib.suppress(IndexError, RuntimeError):  # there is none, or it is awake
+            self.pending[0].turn.release()
+
+    def write_pending(self) -> None:
         """Write all pending entries; called with the lock held."""
-        batch = []
-        with contextlib.suppress(IndexError):  # other threads may add and remove entries meanwhile
+        batch: list[Entry] = []
+        with contextlib.suppress(IndexError):
             while True:
                 batch.append(self.pending.popleft())
-        self.write_deadline = deadline
+        self.write_deadline = time.monotonic() + self.write_timeout
         stored = 0
         failure = ""
         try:
-            self.write_stdout(b"".join([entry.shown for entry in batch]), deadline)
+            self.write_stdout(
+                b"".join([entry.stdout_bytes for entry in batch]), self.write_deadline
+            )
             stored = len(batch)
             if self.log_file:
                 self.reopen_log(self.log_file.path)
                 lines = [
-                    f'{entry.line[:-2]}, "key": {json.dumps(entry.delivery.key)}}}\n'.encode()
+                    f'{entry.json_line[:-2]}, "key": {json.dumps(entry.delivery.key)}}}\n'.encode()
                     for entry in batch
                 ]
                 stored, failure = self.log_file.append(lines)
         except Exception as error:
             stored = 0
             failure = str(error) or type(error).__name__
-        for number, entry in enumerate(batch):
-            entry.is_done = True
-            if number >= stored:
+        for index, entry in enumerate(batch):
+            if index < stored:
+                entry.replay_cache.commit(entry.keys)
+                if self.alert_worker:
+                    self.alert_worker.put(entry.delivery)
+            else:
                 entry.error = failure
                 entry.replay_cache.release(entry.keys)
-                continue
-            entry.replay_cache.commit(entry.keys)
-            if self.alert_worker:
-                self.alert_worker.put(entry.delivery)
+            entry.is_done = True
+            with contextlib.suppress(RuntimeError):  # it is awake
+                entry.turn.release()
         if failure and failure != self.error:
             log.error("output: %s", failure)
         elif self.error and not failure:
@@ -1631,14 +1651,16 @@ class Output:
     def reopen_log(self, path: Optional[str]) -> None:
         """Open the log at `path` unless it is open. Raises OutputError; the old one stays then."""
         old = self.log_file
-        if old and old.path == path:
+        if old and path:
             with contextlib.suppress(OSError):
                 status = os.fstat(old.descriptor)
                 if os.path.samestat(os.stat(path), status):
                     if status.st_size != old.size:  # another program has cut it, or written to it
                         old.line_end = b"\n"
+                    old.path = path
                     return
-            log.info("%s: moved, deleted or replaced, so it is opened again", path)
+            if old.path == path:
+                log.info("%s: moved, deleted or replaced, so it is opened again", path)
         self.log_file = LogFile(path) if path else None
         if old:
             os.close(old.descriptor)
@@ -1808,7 +1830,7 @@ def parse_text(value: Any) -> str:
     return value
 
 
-def matching(pattern: str) -> Callable[[Any], str]:
+def parse_pattern(pattern: str) -> Callable[[Any], str]:
     """Return a function that accepts strings that match a pattern."""
 
     def parse(value: Any) -> str:
@@ -1819,7 +1841,7 @@ def matching(pattern: str) -> Callable[[Any], str]:
     return parse
 
 
-def number(low: float, high: float, types: Any = (int, float)) -> Callable[[Any], Any]:
+def parse_number(low: float, high: float, types: Any = (int, float)) -> Callable[[Any], Any]:
     """Return a function that accepts numbers within bounds; true and false are not numbers."""
 
     def parse(value: Any) -> Any:
@@ -1833,7 +1855,7 @@ def number(low: float, high: float, types: Any = (int, float)) -> Callable[[Any]
 def parse_port(value: Any) -> Any:
     """Accept a port, as a number or as its digits."""
     is_digits = isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value)
-    return number(0, 65535, int)(int(value) if is_digits else value)
+    return parse_number(0, 65535, int)(int(value) if is_digits else value)
 
 
 def parse_host(value: Any) -> str:
@@ -1938,24 +1960,26 @@ WEBCLIENT_OPTIONS = {
     "host": Option("an address, or a host name that resolves", parse_host, REQUIRED),
     "port": Option("a port from 0 to 65535", parse_port, REQUIRED),
     "log_file": Option(PATH, parse_text),
-    "max_body_bytes": Option("a whole number from 1 to 2^30", number(1, 2**30, int), 1024 * 1024),
-    "request_timeout_seconds": Option("a number from 0.1 to 3600", number(0.1, 3600), 10),
-    "max_connections": Option("a whole number from 1 to 65535", number(1, 65535, int), 256),
+    "max_body_bytes": Option(
+        "a whole number from 1 to 2^30", parse_number(1, 2**30, int), 1024 * 1024
+    ),
+    "request_timeout_seconds": Option("a number from 0.1 to 3600", parse_number(0.1, 3600), 10),
+    "max_connections": Option("a whole number from 1 to 65535", parse_number(1, 65535, int), 256),
     "trusted_proxies": Option("an array of addresses and networks", parse_networks, LOCAL),
 }
 WEBHOOK_OPTIONS = {
     "name": TEXT,
-    "type": Option("one of " + ", ".join(TYPES), matching("|".join(TYPES)), "central"),
-    "path": Option("a path that begins with /, without query", matching(r"/[!-\"$->@-~]*")),
+    "type": Option("one of " + ", ".join(TYPES), parse_pattern("|".join(TYPES)), "central"),
+    "path": Option("a path that begins with /, without query", parse_pattern(r"/[!-\"$->@-~]*")),
     "token": SECRETS,
     "token_file": Option(PATH, parse_token_path),
-    "replay_window_hours": Option("a number from 0 to 87600", number(0, 87600), 48),
+    "replay_window_hours": Option("a number from 0 to 87600", parse_number(0, 87600), 48),
     "public_url": Option("the URL as typed into Central", parse_typed_url),
     "api_key": OBJECT,
     "oidc": OBJECT,
 }
 API_KEY_OPTIONS = {
-    "header": Option("the name of a header", matching(FIELD_NAME)),
+    "header": Option("the name of a header", parse_pattern(FIELD_NAME)),
     "field": TEXT,
     "value": SECRETS._replace(default=REQUIRED),
 }
@@ -2067,7 +2091,7 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
         oidc=oidc,
     )
     for header in find_repeated(demanded_headers(webhook)):
-        errors.append(f"{where}: expected one demand for each header, found two on {header}")
+        errors.append(f"{where}: expected one check for each header, found two of {header}")
     return webhook
 
 
@@ -2258,7 +2282,7 @@ class ActiveWebhook:
         self.config = config
         self.replay_cache = ReplayCache()
         self.jwks_client = JwksClient(config.oidc) if config.oidc else None
-        self.former_tokens: tuple[str, ...] = ()  # removed by reloads: for a hint in the log only
+        self.removed_tokens: tuple[str, ...] = ()  # removed by reloads: for a hint in the log only
         self.old_tokens_logged: dict[int, float] = {}  # by token index; monotonic seconds
 
 
@@ -2362,7 +2386,7 @@ def diagnose(request: Request, webhooks: Sequence[ActiveWebhook], now: float) ->
     for webhook in webhooks:
         config = webhook.config
         with contextlib.suppress(SignatureError):
-            former = replace(config, tokens=webhook.former_tokens)
+            former = replace(config, tokens=webhook.removed_tokens)
             check_signature(former, request, now)
             return "an older token would match, which a reload has removed"
         if config.public_url:
@@ -2712,12 +2736,13 @@ class WebhookHandler(BaseHTTPRequestHandler):
         server.log_old_token(webhook, verified.token_index)
         keys = dedup_keys(config.type, request)
         delivery = make_delivery(config, request, verified, keys, now)
+        entry = server.output.render_entry(delivery, keys, webhook.replay_cache)
         if not webhook.replay_cache.reserve(keys):
             server.metrics.count(config.name, "duplicate", len(request.body))
             self.reply(200, {"status": "duplicate"})
             return
         try:
-            server.output.write(delivery, keys, webhook.replay_cache)
+            server.output.write(entry)
         except OutputError as error:
             raise Refusal("output", str(error)) from None
         server.metrics.count(config.name, "accepted", len(request.body))
@@ -2758,9 +2783,9 @@ class WebhookHandler(BaseHTTPRequestHandler):
         request = self.parsed
         connection = request.headers.get("connection", "").lower()
         options = [option.strip() for option in connection.split(",")]
-        is_refusal = status >= 400 and status != 401
+        must_close = status >= 400 and status != 401  # after a 401 the connection is in step
         self.close_connection = (
-            is_refusal
+            must_close
             or "close" in options
             or (request.version == "HTTP/1.0" and "keep-alive" not in options)
             or server.is_stopping
@@ -2778,7 +2803,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.wfile.write(head if request.method == "HEAD" else head + body)
         self.stream.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
         log.debug("%d to %s: %s", status, self.client_address, body[:100])
-        if (is_refusal and status != 408) or (self.close_connection and server.is_stopping):
+        if (must_close and status != 408) or (self.close_connection and server.is_stopping):
             self.linger()
 
     def refuse(self, refusal: Refusal) -> None:
@@ -2874,7 +2899,7 @@ class WebhookServer(ThreadingHTTPServer):
         self.metrics = Metrics(webhook.name for webhook in config.webhooks)
         self.rejections = RateLimit()
         self.is_stopping = False
-        self.date = email.utils.formatdate(usegmt=True)  # made once for many answers
+        self.date = email.utils.formatdate(usegmt=True)  # service_actions refreshes it
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()
         self.accepted: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -2906,7 +2931,7 @@ class WebhookServer(ThreadingHTTPServer):
         """Hand a connection to a thread; `service_actions`, called next, starts one if needed."""
         self.accepted.put((request, client_address))
 
-    def process_requests(self) -> None:
+    def serve_connections(self) -> None:
         """Serve one connection after the other, for ever; runs in a thread of its own."""
         while True:
             self.process_request_thread(*self.accepted.get())
@@ -2926,7 +2951,7 @@ class WebhookServer(ThreadingHTTPServer):
         self.date = email.utils.formatdate(usegmt=True)
         with contextlib.suppress(RuntimeError):  # no more threads now: it tries again
             while self.thread_count < len(self.connections):
-                threading.Thread(target=self.process_requests, daemon=True).start()
+                threading.Thread(target=self.serve_connections, daemon=True).start()
                 self.thread_count += 1
         beyond = self.rejections.start_second()
         if beyond:
@@ -2983,8 +3008,8 @@ class WebhookServer(ThreadingHTTPServer):
             old = before.get((found.name, found.type))
             if old:
                 webhook.replay_cache = old.replay_cache
-                former = [*old.config.tokens, *old.former_tokens]
-                webhook.former_tokens = tuple(one for one in former if one not in found.tokens)[:4]
+                former = [*old.config.tokens, *old.removed_tokens]
+                webhook.removed_tokens = tuple(one for one in former if one not in found.tokens)[:4]
                 if found.oidc == old.config.oidc:
                     webhook.jwks_client = old.jwks_client
             if not old or config.log_file != self.config.log_file:
@@ -2993,7 +3018,8 @@ class WebhookServer(ThreadingHTTPServer):
         try:
             self.restore(unknown)
         except OutputError:
-            self.output.reload(self.config.log_file, self.config.request_timeout_seconds)
+            with contextlib.suppress(OutputError):
+                self.output.reload(self.config.log_file, self.config.request_timeout_seconds)
             raise
         self.metrics.add_webhooks(webhook.name for webhook in config.webhooks)
         self.config = replace(config, host=self.config.host, port=self.config.port)
@@ -3259,7 +3285,7 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     started = time.monotonic()
     try:
         status, data = http_request("POST", url, headers, body, SAMPLE_SECONDS)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
         return fail(f"{url}: {str(error) or type(error).__name__}", EX_CANNOT_SERVE)
     milliseconds = 1000 * (time.monotonic() - started)
     answer = escape_text(data[:500].decode(errors="replace").strip())
@@ -3303,7 +3329,8 @@ def check_config(config: Config) -> int:
     log_file = config.log_file or "none, so a 200 is only as safe as what reads stdout"
     lines = [f"host: {config.host}; port: {config.port}", f"log_file: {log_file}"]
     lines.extend(describe_webhook(webhook) for webhook in config.webhooks)
-    print(*[ascii(line)[1:-1] for line in lines], sep="\n")
+    for line in lines:
+        print(escape_text(line).encode("ascii", "backslashreplace").decode())
     check_handle_alert()
     listen_on(config.host, 0).close()
     if config.log_file:
@@ -3415,11 +3442,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return check_config(config)
         return start(config, options.input, choose_render(options.format))
     except ConfigError as error:
-        return max(fail(f"{options.input}: {text}", EX_CONFIG) for text in error.args)
+        for text in error.args:
+            fail(f"{options.input}: {text}", EX_CONFIG)
+        return EX_CONFIG
     except (OutputError, StartError) as error:
         return fail(str(error), EX_CANNOT_SERVE)
-    except OSError as error:
-        return fail(f"stdout: {error.strerror}", EX_CANNOT_SERVE)
+    except (OSError, RuntimeError) as error:  # of stdout, mostly
+        return fail(f"stdout: {getattr(error, 'strerror', None) or error}", EX_CANNOT_SERVE)
     except KeyboardInterrupt:
         return EX_CANNOT_SERVE if options.send_sample is not None else 0
     finally:
