@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -385,6 +386,10 @@ class QueueTest(RecipeTest):
         self.assertEqual(200, receiver.deliver().status)  # the broker has closed the connection
         self.wait_for_keys()
         self.assertIn("again in 1 s", self.read("output"))
+        last = self.consumed()[-1].split(".")[0]
+        with contextlib.closing(sqlite3.connect(self.folder / "seen.db")) as seen:
+            query = "SELECT 1 FROM seen WHERE key = ?"  # a kill before that may repeat the last one
+            deadline_poll(lambda: seen.execute(query, (last,)).fetchone())
         self.end(publisher, signal.SIGKILL)
         self.end(consumer, signal.SIGKILL)
         self.assertEqual(200, receiver.deliver().status)  # while nothing publishes
