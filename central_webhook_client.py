@@ -357,8 +357,7 @@ EMPTY_REQUEST = Request("", "", None, "HTTP/1.1", {}, frozenset())  # while none
 def verify_header_signature(request: Request, scheme: HeaderSignature, token: str) -> None:
     """Verify that the body was signed with `token`; see `verify_signature` for what that proves.
 
-    Raises:
-        SignatureError: the header is missing, empty or repeated, or does not match.
+    Raises SignatureError: the header is missing, empty or repeated, or does not match.
     """
     received = request.headers.get(scheme.header, "").encode("latin-1")
     if not received or scheme.header in request.repeated:
@@ -380,8 +379,7 @@ class ApiKey:
 def check_api_key(request: Request, api_key: ApiKey) -> None:
     """Check the API key of a request: in a header, bare or after a scheme word, or in a field.
 
-    Raises:
-        Refusal: the key is missing, empty, repeated or wrong.
+    Raises Refusal: the key is missing, empty, repeated or wrong.
     """
     if api_key.header:
         place = f"the header {api_key.header!r}"
@@ -625,8 +623,7 @@ class PublicUrl(NamedTuple):
 def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
     """Split an absolute URL; return its host in lower case as well.
 
-    Raises:
-        ValueError: it is not an http or https URL.
+    Raises ValueError: it is not an http or https URL.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -639,16 +636,15 @@ def format_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def parse_public_url(url: str) -> PublicUrl:
+def parse_public_url(url: Any) -> PublicUrl:
     """Parse the URL as typed into Central.
 
     Signers differ on whether they normalize it (scheme and host in lower case, no default port,
     "/" for an empty path), and may do so in `@authority` but not in `@target-uri`.
 
-    Raises:
-        ValueError: it is not an http or https URL in ASCII, or it has a user or a fragment.
+    Raises ValueError: it is not an http or https URL in ASCII, or it has a user or a fragment.
     """
-    parts, hostname = split_url(url)
+    parts, hostname = split_url(parse_text(url))
     if not re.fullmatch(r"[\x21-\x7e]+", url) or "@" in parts.netloc or "#" in url:
         raise ValueError("expected an http or https URL in ASCII without user and fragment")
     target = url.partition("?")[0]
@@ -736,8 +732,7 @@ def check_coverage(covered: Item, now: float) -> None:
 def check_content_digest(request: Request) -> None:
     """Check that each sha-256 and sha-512 of Content-Digest (RFC 9530) is that of the body.
 
-    Raises:
-        SignatureError: one is not, or there is neither.
+    Raises SignatureError: one is not, or there is neither.
     """
     digests = StructuredField(request.headers["content-digest"]).parse_dictionary()
     known = [name for name in ("sha-256", "sha-512") if name in digests]
@@ -776,8 +771,7 @@ def parse_message_signatures(request: Request) -> list[tuple[Item, bytes]]:
 
     Labels that are in only one of `signature-input` and `signature` are passed over.
 
-    Raises:
-        SignatureError: a header is missing, malformed or too long, or there are too many labels.
+    Raises SignatureError: a header is missing, malformed or too long, or there are too many labels.
     """
     fields = []
     for name in ("signature-input", "signature"):
@@ -938,8 +932,7 @@ def is_rsa_signature(signed: bytes, signature: bytes, algorithm: str, key: RsaKe
 def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
     """Return the RSA keys of a JWK set (RFC 7517) that may verify and are safe to use.
 
-    Raises:
-        ValueError: it is not a JWK set.
+    Raises ValueError: it is not a JWK set.
     """
     if not isinstance(jwks.get("keys"), list):
         raise ValueError("expected a JWK set")
@@ -1013,8 +1006,7 @@ def verify_access_token(
 def check_claims(claims: dict[str, Any], oidc: Oidc, issuer: str, now: float) -> None:
     """Check times, issuer, audience and client of a verified token (RFC 7519 section 4.1).
 
-    Raises:
-        Refusal: one of them is missing or not as expected.
+    Raises Refusal: one of them is missing or not as expected.
     """
     for name, default in (("exp", None), ("nbf", now)):
         value = claims.get(name, default)
@@ -1061,8 +1053,7 @@ class JwksClient:
         Fetches them if none matches or they are old, but at most once in twice PROVIDER_SECONDS,
         failures included. Callers whose key is known do not wait for another thread's refresh.
 
-        Raises:
-            Refusal: the keys were never obtained.
+        Raises Refusal: the keys were never obtained.
         """
         if self.lock.acquire(blocking=not self._matching(kid, algorithm)):
             try:
@@ -1877,11 +1868,6 @@ def parse_networks(value: Any) -> tuple[Network, ...]:
     return tuple(ipaddress.ip_network(text) for text in value)
 
 
-def parse_typed_url(value: Any) -> PublicUrl:
-    """Accept the URL that was typed into Central."""
-    return parse_public_url(parse_text(value))
-
-
 def parse_provider_url(value: Any) -> str:
     """Accept an https URL, or an http URL of this machine."""
     parts, host = split_url(parse_text(value))
@@ -1974,7 +1960,7 @@ WEBHOOK_OPTIONS = {
     "token": SECRETS,
     "token_file": Option(PATH, parse_token_path),
     "replay_window_hours": Option("a number from 0 to 87600", parse_number(0, 87600), 48),
-    "public_url": Option("the URL as typed into Central", parse_typed_url),
+    "public_url": Option("the URL as typed into Central", parse_public_url),
     "api_key": OBJECT,
     "oidc": OBJECT,
 }
@@ -2551,10 +2537,6 @@ class DeadlineStream(io.RawIOBase):
         self.poll = select.poll() if hasattr(select, "poll") else None
 
     def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        """Return True."""
         return True
 
     def is_ready(self, is_reading: bool) -> bool:
@@ -3389,12 +3371,11 @@ def check_handle_alert() -> None:
 
     Raises StartError: it is something else, a coroutine function for instance.
     """
-    function = handle_alert.func if isinstance(handle_alert, functools.partial) else handle_alert
-    call = getattr(function, "__call__", None)  # noqa: B004
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
+    call = getattr(handle_alert, "__call__", None)  # noqa: B004
+    if inspect.iscoroutinefunction(handle_alert) or inspect.iscoroutinefunction(call):
         raise StartError("handle_alert: expected a function, found a coroutine function")
-    if function is not None and not callable(function):
-        raise StartError(f"handle_alert: expected a function, found {function!r}")
+    if handle_alert is not None and not callable(handle_alert):
+        raise StartError(f"handle_alert: expected a function, found {handle_alert!r}")
 
 
 def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
