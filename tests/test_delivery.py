@@ -133,6 +133,31 @@ class Webhooks(ReceiverTest):
             self.assertEqual(self.receiver.deliver(b"x" * size).status, status)
 
 
+class NotJson(ReceiverTest):
+    """A signed body that is not JSON is stored all the same."""
+
+    config = config_of(webhook=[hook("noc"), hook("fabric", type="ip-fabric")])
+
+    def not_json(self):
+        """Return the counters of these bodies, by webhook."""
+        metrics = self.receiver.metrics()
+        return {name: value for name, value in metrics.items() if "not_json" in name}
+
+    def test_it_is_a_warning_that_says_what_it_seems_to_be_and_is_counted(self):
+        before = self.not_json()
+        for body, guess in ((b"\x1f\x8b\x08\0", "gzip"), (b"a=b&c=d", "form"), (b"<a/>", "XML")):
+            start = len(self.receiver.stderr_lines)
+            answer = self.receiver.post(body, central_headers(body), "/noc")
+            self.assertEqual(answer.json, OK)
+            self.receiver.wait_for_log(f"WARNING 'noc': .*not JSON: {guess}|{guess}", start=start)
+        body = b"<snapshot/>"  # IP Fabric sends XML on purpose
+        headers = {"X-IPF-Signature": hmac_sha256(TOKEN, body).hex()}
+        self.assertEqual(self.receiver.post(body, headers, "/fabric").json, OK)
+        moved = {name: value - before[name] for name, value in self.not_json().items()}
+        self.assertEqual(sorted(moved.values()), [0, 3])
+        self.assertNotIn("fabric", self.receiver.stderr_lines[-1])
+
+
 class HandleAlert(unittest.TestCase):
     """`handle_alert`, set by a program that imports this one."""
 
@@ -149,7 +174,7 @@ class HandleAlert(unittest.TestCase):
         lines = (
             "import time\n"
             "def own(delivery):\n"
-            "    time.sleep(0.01)\n"
+            "    time.sleep(0.005)\n"
             "    open('seen', 'a').write(delivery.delivery_id + '\\n')\n"
             "c.handle_alert = own"
         )

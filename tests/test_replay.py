@@ -357,7 +357,7 @@ class Restarts(LogTest):
         body, headers, line = stored_deliveries()[0]
         start = {"received_at": now_stamp()[:-1] + ".000Z", "webhook": "users", "type": "bracken"}
         rest = {"delivery_id": None, "sent_at": None, "alert": {}, "key": None}
-        others = (json.dumps({**start, **rest}) + "\n").encode() * 210_000
+        others = (json.dumps({**start, **rest}) + "\n").encode() * 110_000
         self.log.write_bytes(line + others)
         webhooks = [{"name": "noc", "path": PATH, "token": TOKEN}, hook("users", type="bracken")]
         with self.started(webhooks) as receiver:

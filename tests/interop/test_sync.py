@@ -84,3 +84,11 @@ class Sync(LogTest):
                 self.assertEqual(first.result().status, 200)
             self.assertEqual(receiver.deliver().status, 200)
         self.assertEqual(len(self.read_log()), 2)
+
+    def test_a_folder_that_cannot_be_synced_is_passed_over(self):
+        """As on CIFS and FUSE: the file is synced with fdatasync, its folder with fsync."""
+        with self.started() as receiver, self.traced(receiver, "-e", "inject=fsync:error=EINVAL"):
+            self.assertEqual(receiver.deliver().status, 200)
+            self.log.unlink()
+            self.assertEqual(receiver.deliver().status, 200)  # opened again, in the same folder
+        self.assertEqual(len(self.read_log()), 1)
