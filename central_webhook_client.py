@@ -384,7 +384,7 @@ def check_api_key(request: Request, api_key: ApiKey) -> None:
     if api_key.header:
         place = f"the header {api_key.header!r}"
         value = request.headers.get(api_key.header, "").encode("latin-1")
-        received = [value, value.partition(b" ")[2]]
+        received = [value, value.partition(b" ")[2].lstrip(b" ")]
         is_repeated = api_key.header in request.repeated
     else:
         place = f"the field {api_key.field!r}"
@@ -623,11 +623,13 @@ class PublicUrl(NamedTuple):
 def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
     """Split an absolute URL; return its host in lower case as well.
 
-    Raises ValueError: it is not an http or https URL.
+    Raises ValueError: it is not an http or https URL in ASCII, or has a user or a fragment.
     """
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError("expected an http or https URL")
+    if not re.fullmatch(r"[\x21-\x7e]+", url) or "@" in parts.netloc or "#" in url:
+        raise ValueError("expected an http or https URL in ASCII without user and fragment")
     return parts, parts.hostname
 
 
@@ -645,20 +647,18 @@ def parse_public_url(url: Any) -> PublicUrl:
     Raises ValueError: it is not an http or https URL in ASCII, or it has a user or a fragment.
     """
     parts, hostname = split_url(parse_text(url))
-    if not re.fullmatch(r"[\x21-\x7e]+", url) or "@" in parts.netloc or "#" in url:
-        raise ValueError("expected an http or https URL in ASCII without user and fragment")
-    target = url.partition("?")[0]
     path = parts.path or "/"
     authority = format_host(hostname)
-    if parts.port not in (None, {"http": 80, "https": 443}[parts.scheme]):
+    typed_host = parts.netloc
+    if parts.port == {"http": 80, "https": 443}[parts.scheme]:
+        typed_host = parts.netloc.rpartition(":")[0]
+    elif parts.port:
         authority += f":{parts.port}"
-    with_slash = target if parts.path else target + "/"
-    spellings = itertools.product(
-        dict.fromkeys([target, with_slash, f"{parts.scheme}://{authority}{path}"]),
-        dict.fromkeys([url.partition(":")[0], parts.scheme]),
-        dict.fromkeys([parts.netloc, authority]),
-        dict.fromkeys([parts.path, path]),
-    )
+    schemes = dict.fromkeys([url.partition(":")[0], parts.scheme])
+    netlocs = dict.fromkeys([parts.netloc, parts.netloc.lower(), typed_host, authority])
+    paths = dict.fromkeys([parts.path, path])
+    targets = [f"{a}://{b}{c}" for a, b, c in itertools.product(schemes, netlocs, paths)]
+    spellings = itertools.product(targets, schemes, netlocs, paths)
     return PublicUrl(path, tuple(UrlParts(*spelling) for spelling in spellings))
 
 
@@ -949,7 +949,7 @@ def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
         except ValueError:
             continue
         if MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS and n % 2 and e % 2 and 3 <= e < 2**64:
-            keys.append(RsaKey(jwk.get("kid"), str(jwk.get("alg", "")), n, e))
+            keys.append(RsaKey(jwk.get("kid"), str(jwk.get("alg") or ""), n, e))
     return keys
 
 
@@ -970,7 +970,7 @@ def verify_access_token(
             valid now; and what `signing_keys` raises.
     """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    parts = token.split(".")
+    parts = token.lstrip(" ").split(".")
     try:
         if scheme.lower() != "bearer" or len(parts) != 3 or "authorization" in request.repeated:
             raise ValueError
@@ -1328,7 +1328,8 @@ def restore_replay_caches(
     """Restore replay caches, by name of their webhook, from the end of a log.
 
     Reads until all of them are full, or (unless `window_seconds` is 0) the lines are older than
-    any delivery that would be accepted. Raises OutputError if the log cannot be read.
+    any delivery that would be accepted, but at most 4 * REMEMBERED_DELIVERIES lines, which takes
+    about a second. Raises OutputError if the log cannot be read.
     """
     wanted = {json.dumps(name).encode(): cache for name, cache in caches.items()}
     oldest = b""
@@ -1336,7 +1337,7 @@ def restore_replay_caches(
         oldest = format_utc(now - window_seconds - MAX_FUTURE_SECONDS).encode()
     is_useless = False  # it holds something that should have been remembered, or is not ours
     try:
-        for line in lines_from_end(path):
+        for line in itertools.islice(lines_from_end(path), 4 * REMEMBERED_DELIVERIES):
             match = _LOG_LINE.fullmatch(line)
             if match and match[1] < oldest:
                 break
@@ -1455,16 +1456,15 @@ class LogFile:
         """Open the file, for this process alone. Raises OutputError if that is not possible."""
         self.path = path
         self.descriptor = open_log(path)
+        self.size = 0
         self.line_end = b""
         try:
             if sys.platform != "win32":
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.size = os.lseek(self.descriptor, 0, os.SEEK_END)
+            self.check_end()
+            if self.line_end:
+                log.warning("%s: ends with a half line, which the next write ends", path)
             if self.size:
-                os.lseek(self.descriptor, -1, os.SEEK_END)
-                if os.read(self.descriptor, 1) != b"\n":
-                    self.line_end = b"\n"
-                    log.warning("%s: ends with a half line, which the next write ends", path)
                 os.fsync(self.descriptor)  # what is there will be answered with 200 as a duplicate
         except OSError as error:
             os.close(self.descriptor)
@@ -1477,6 +1477,15 @@ class LogFile:
                 os.fsync(folder)  # the name of a new file must survive a power loss too
             finally:
                 os.close(folder)
+
+    def check_end(self) -> None:
+        """Look whether the log ends with a half line, unless this process wrote the end."""
+        size = os.lseek(self.descriptor, 0, os.SEEK_END)
+        if size not in (0, self.size):
+            os.lseek(self.descriptor, -1, os.SEEK_END)
+            if os.read(self.descriptor, 1) != b"\n":
+                self.line_end = self.line_end or b"\n"
+        self.size = size
 
     def append(self, lines: Sequence[bytes]) -> tuple[int, str]:
         """Append lines, synced; return how many are stored, and why the others are not ("")."""
@@ -1644,17 +1653,15 @@ class Output:
         old = self.log_file
         if old and path:
             with contextlib.suppress(OSError):
-                status = os.fstat(old.descriptor)
-                if os.path.samestat(os.stat(path), status):
-                    if status.st_size != old.size:  # another program has cut it, or written to it
-                        old.line_end = b"\n"
+                if os.path.samestat(os.stat(path), os.fstat(old.descriptor)):
+                    old.check_end()  # another program may have cut it
                     old.path = path
                     return
-            if old.path == path:
-                log.info("%s: moved, deleted or replaced, so it is opened again", path)
         self.log_file = LogFile(path) if path else None
         if old:
             os.close(old.descriptor)
+            if old.path == path:
+                log.info("%s: moved, deleted or replaced, so it was opened again", path)
 
     def reload(self, log_file: Optional[str], write_timeout: float) -> None:
         """Go on with another log and time-out, between two writes.
@@ -1886,10 +1893,11 @@ def is_loopback(host: str) -> bool:
 
 
 _PLACEHOLDER = re.compile(  # what templates and examples have where a secret belongs
-    r"<.*>|\$\{.*\}|\$[a-z_]\w*|\{\{.*\}\}|%\w+%|to-?do|fixme|x{3,}"
-    r"|(?:change|replace)[-_ ]?(?:me|this|it)"
-    r"|(?:your|my|the|insert|enter|put)[_ ].*[_ ]here"
-    r"|your[_ ](?:\w+[_ ])*(?:token|secret|key|password)",
+    r"[$%#]?[<\[({].*[>\])}][s#]?|\$[a-z_][\w:]*|%\w+%|@+\w+@+|__\w+__|[.*?_-]+"
+    r"|(?:replace|insert|paste|add|enter|put)[-_ ](?:me|this|it|with|your|the|token)(?![a-z]).*"
+    r"|change[-_ ]?(?:me|this|it)(?![a-z]).*|replace[-_ ]?(?:me|this|it)|to-?do|tbd|fixme|x{3,}"
+    r"|(?:your|my|the|insert|enter|put|paste|add)[_ ].*[_ ]here"
+    r"|your[_ ](?:\w+[_ ])*(?:token|secret|key|password)(?:[_ ]\w+)*",
     re.IGNORECASE | re.ASCII,
 )
 
@@ -1906,8 +1914,8 @@ def parse_secrets(value: Any) -> tuple[str, ...]:
             problem = "white space around it"
         elif _PLACEHOLDER.fullmatch(secret):
             problem = "a placeholder"
-        elif re.search("[\x00-\x1f\x7f\ud800-\udfff]", secret):
-            problem = "a control character, or not UTF-8"
+        elif _UNSAFE.search(secret):
+            problem = "a control or invisible character, or text that is not UTF-8"
         if problem:
             problems.append(f"[{index}]: {problem}" if len(secrets) > 1 else problem)
     if problems or not secrets:
@@ -2014,15 +2022,17 @@ def load_object(
     return values
 
 
-def load_tokens(path: str, where: str, errors: list[str]) -> tuple[str, ...]:
+def load_tokens(name: str, folder: str, where: str, errors: list[str]) -> tuple[str, ...]:
     """Load the tokens of a file, one a line; a line that begins with # is a comment."""
+    path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = file.read(1024 * 1024).split("\n")
         return parse_secrets([line for line in lines if line and not line.startswith("#")])
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        errors.append(f"{where}: expected a file of tokens, found {path}: {reason}")
+        shown = path if re.search(r"[/\\.]", name) else "a name"  # a token by mistake, perhaps
+        errors.append(f"{where}: expected a file of tokens, found {shown}: {reason}")
         return ()
 
 
@@ -2035,10 +2045,11 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
     tokens = values["token"] or ()
     token_file = None
     if ("token" in found) == ("token_file" in found):
-        errors.append(f"{where}.token: expected token or token_file, and not both")
+        both = "both" if "token" in found else "neither"
+        errors.append(f"{where}.token: expected token or token_file, found {both}")
     elif values["token_file"]:
         token_file = os.path.join(folder, values["token_file"])
-        tokens = load_tokens(token_file, f"{where}.token_file", errors)
+        tokens = load_tokens(values["token_file"], folder, f"{where}.token_file", errors)
     public_url = values["public_url"]
     if webhook_type and (webhook_type == "new-central") != ("public_url" in found):
         errors.append(f"{where}.public_url: expected with type new-central, and only there")
@@ -2056,7 +2067,8 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
                 (given["header"] or "").lower(), given["field"] or "", given["value"] or ()
             )
             if ("header" in found["api_key"]) == ("field" in found["api_key"]):
-                errors.append(f"{where}.api_key: expected header or field, and not both")
+                both = "both" if given["header"] else "neither"
+                errors.append(f"{where}.api_key: expected header or field, found {both}")
     oidc = None
     if "oidc" in found:
         given = load_object(found["oidc"], f"{where}.oidc", OIDC_OPTIONS, errors)
@@ -2113,8 +2125,9 @@ def load_webhooks(found: Any, folder: str, errors: list[str]) -> tuple[Webhook, 
         webhook = load_webhook(item, f"{where}[{index}]", folder, errors)
         if not webhook:
             continue
-        names.append(webhook.name)
-        if len(found) > 1 and "name" not in item:
+        if "name" in item:
+            names.append(webhook.name)
+        elif len(found) > 1:
             errors.append(f"{where}[{index}].name: expected a string: several webhooks need names")
         if len(errors) > count:
             continue
@@ -2445,10 +2458,10 @@ def check_incomplete_head(head: bytes, start: int) -> None:
         raise Refusal("malformed", diagnose_request_line(head))
     end = head.find(b"\r\n")
     if end < 0:
-        check_request_line_length(head)
+        check_request_line_length(head[:-1] if head.endswith(b"\r") else head)
     else:
         parse_request_line(head[:end])
-    if len(head) > MAX_REQUEST_LINE_BYTES + MAX_HEADER_BYTES:
+    if len(head) > MAX_REQUEST_LINE_BYTES + MAX_HEADER_BYTES + len(b"\r\n\r\n"):
         raise Refusal("headers_too_large", f"the header is above {MAX_HEADER_BYTES} bytes")
     if _BARE_LINE_FEED.search(head, start):
         raise Refusal("malformed", "a line ends without CR")
@@ -2838,7 +2851,9 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
 def parse_forwarded_address(text: str) -> str:
     """Return the address of `a`, `a:port`, `[v6]` or `[v6]:port`; "" if it is none of these."""
-    match = re.fullmatch(r"\[([^\]]+)\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)", text)
+    match = re.fullmatch(
+        r"\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)", text
+    )
     try:
         return str(ipaddress.ip_address(match[1] or match[2] or match[3])) if match else ""
     except ValueError:
@@ -3218,7 +3233,7 @@ def sign_sample(
     payload = {**SAMPLES.get(webhook.type, {"text": SAMPLE_TEXT}), **times, "sample": number}
     headers = {"content-type": JSON, "date": email.utils.formatdate(now, usegmt=True)}
     if webhook.api_key and webhook.api_key.header:
-        headers[webhook.api_key.header] = webhook.api_key.values[0]
+        headers[webhook.api_key.header] = webhook.api_key.values[0].encode().decode("latin-1")
     elif webhook.api_key:
         payload[webhook.api_key.field] = webhook.api_key.values[0]
     body = json.dumps(payload).encode()
@@ -3258,6 +3273,7 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
         return fail("--send-sample: expected a URL, since port 0 is any free port", EX_USAGE)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = url or f"http://{format_host(host)}:{config.port}{webhook.path or '/centralwebhook'}"
+    url = url.partition("#")[0]
     headers, body = sign_sample(webhook, url.partition("?")[2] or None, 1, time.time())
     for line in header_lines:
         field_name, colon, value = line.partition(":")
@@ -3371,9 +3387,11 @@ def check_handle_alert() -> None:
 
     Raises StartError: it is something else, a coroutine function for instance.
     """
+    tests = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
     call = getattr(handle_alert, "__call__", None)  # noqa: B004
-    if inspect.iscoroutinefunction(handle_alert) or inspect.iscoroutinefunction(call):
-        raise StartError("handle_alert: expected a function, found a coroutine function")
+    if any(test(handle_alert) or test(call) for test in tests):
+        found = "a coroutine function or a generator, which would never run"
+        raise StartError(f"handle_alert: expected a function, found {found}")
     if handle_alert is not None and not callable(handle_alert):
         raise StartError(f"handle_alert: expected a function, found {handle_alert!r}")
 

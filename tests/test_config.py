@@ -818,6 +818,18 @@ PLACEHOLDERS = (
     "CHANGE_ME",
     "YOUR_TOKEN_HERE",
     "your_token_here",
+    "REPLACE_WITH_TOKEN",
+    "insert-token-here",
+    "changeme123",
+    "$(cat /run/token)",
+    "%(token)s",
+    "{token}",
+    "[token]",
+    "@@TOKEN@@",
+    "__TOKEN__",
+    "$env:TOKEN",
+    "TBD",
+    "...",
 )
 
 
@@ -845,6 +857,8 @@ class Placeholders(Called):
             "a{{b",
             "changes",
             "your-secret-key-here",
+            "replacement",
+            "%abc",
         ):
             with self.subTest(token):
                 self.write(hook(token=token))

@@ -244,6 +244,8 @@ class HandleAlert(unittest.TestCase):
             "async def own(delivery):\n    pass\nc.handle_alert = own",
             "import functools\nasync def own(delivery, x):\n    pass\n"
             "c.handle_alert = functools.partial(own, x=1)",
+            "async def own(delivery):\n    yield\nc.handle_alert = own",
+            "def own(delivery):\n    yield\nc.handle_alert = own",
             "class Own:\n    async def __call__(self, delivery):\n        pass\n"
             "c.handle_alert = Own()",
             "c.handle_alert = 'post_to_slack'",

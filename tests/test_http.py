@@ -233,6 +233,16 @@ class Requests(HttpTest):
         unfinished = [b"POST /" + b"x" * 20000, b"x" * 20000]
         self.assert_statuses(414, {raw[:20]: raw for raw in (*long, *unfinished)})
 
+    def test_a_limit_is_the_same_however_the_bytes_arrive(self):
+        line = f"POST {PATH}? HTTP/1.1"
+        raw = signed_request(path=PATH + "?" + "x" * (8192 - len(line)))
+        for end in (raw.index(b"\r\n") + 1, raw.index(b"\r\n\r\n") + 3, 1):
+            with self.subTest(end), self.receiver.connect() as connection:
+                connection.send(raw[:end])
+                time.sleep(0.05)  # so that they probably arrive apart
+                connection.send(raw[end:])
+                self.assertEqual(connection.read().status, 200)
+
     def test_the_header_section_has_at_most_64_kib_and_100_fields(self):
         present = signed_request().partition(b"\r\n\r\n")[0].count(b"\r\n")
         large = with_lines(b"X-Large: " + b"x" * 66000)

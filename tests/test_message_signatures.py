@@ -447,9 +447,14 @@ class NewCentral(unittest.TestCase):
             (URL, [URL], ["https"], ["www.example.com"], ["/centralwebhook"]),
             (
                 "HTTPS://Webhook.Example.com:443/new?x",
-                ["HTTPS://Webhook.Example.com:443/new", "https://webhook.example.com/new"],
+                [
+                    "HTTPS://Webhook.Example.com:443/new",
+                    "https://webhook.example.com:443/new",
+                    "https://Webhook.Example.com/new",
+                    "https://webhook.example.com/new",
+                ],
                 ["HTTPS", "https"],
-                ["Webhook.Example.com:443", "webhook.example.com"],
+                ["Webhook.Example.com:443", "webhook.example.com:443", "webhook.example.com"],
                 ["/new"],
             ),
             (
