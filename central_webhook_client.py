@@ -649,13 +649,13 @@ def parse_public_url(url: Any) -> PublicUrl:
     parts, hostname = split_url(parse_text(url))
     path = parts.path or "/"
     authority = format_host(hostname)
-    typed_host = parts.netloc
+    without_port = parts.netloc
     if parts.port == {"http": 80, "https": 443}[parts.scheme]:
-        typed_host = parts.netloc.rpartition(":")[0]
+        without_port = parts.netloc.rpartition(":")[0]
     elif parts.port:
         authority += f":{parts.port}"
     schemes = dict.fromkeys([url.partition(":")[0], parts.scheme])
-    netlocs = dict.fromkeys([parts.netloc, parts.netloc.lower(), typed_host, authority])
+    netlocs = dict.fromkeys([parts.netloc, parts.netloc.lower(), without_port, authority])
     paths = dict.fromkeys([parts.path, path])
     targets = [f"{a}://{b}{c}" for a, b, c in itertools.product(schemes, netlocs, paths)]
     spellings = itertools.product(targets, schemes, netlocs, paths)
