@@ -4,14 +4,15 @@
     python3 central_webhook_client.py -i=input_info.json
 
 One file, Python 3.9 or newer, standard library only. It runs behind an HTTPS reverse proxy
-(nginx/centralwebhook.conf). A delivery is one POST. It is handled in five steps, which
-`WebhookHandler.do_POST` takes one after the other:
+(nginx/centralwebhook.conf). A delivery is one POST. `WebhookHandler.handle_one_request` takes the
+first of its five steps, `do_POST` the others:
 
-    1. read     well-formed HTTP, a known path, the raw body   WebhookHandler.parse_request
+    1. read     well-formed HTTP, a known path, the raw body   read_head, route, read_body
     2. verify   signature, API key, access token               check_webhooks
     3. check    recent, and not accepted before                check_age, ReplayCache.reserve
-    4. store    stdout, then log_file, synced to the disk      Output.write
-    5. answer   200, and only now `handle_alert` is called     WebhookHandler.reply
+    4. store    stdout, then log_file, synced to the disk;     Output.write
+                `handle_alert` gets it afterwards
+    5. answer   200                                            WebhookHandler.reply
 
 The sections (`grep '^# ----'` prints this map):
 
@@ -97,9 +98,9 @@ if sys.platform != "win32":
 
 VERSION = "1.0.0"
 PROGRAM = "central_webhook_client.py"
-EX_CANNOT_SERVE = 1
-EX_USAGE = 2
-EX_CONFIG = 78  # of sysexits.h
+EXIT_FAILURE = 1
+EXIT_USAGE = 2  # as argparse
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 STDOUT = 1  # file descriptors
 STDERR = 2
 JSON = "application/json"
@@ -124,13 +125,13 @@ MAX_LABELS = 4  # signatures tried in one Signature header
 MAX_COMPONENTS = 32  # covered by one of them
 THREAD_STACK_BYTES = 4 * 1024 * 1024  # parsing nested JSON recurses; Python 3.13 needs 1.5 MiB
 SAMPLE_SECONDS = 30.0  # for the answer to --send-sample
-PROVIDER_SECONDS = 5.0  # for the answer of an OIDC provider; twice that between two requests
+PROVIDER_SECONDS = 5.0  # for both answers of an OIDC provider; twice that between refreshes
 MAX_ANSWER_BYTES = 512 * 1024  # of a provider, or to a sample
 PROVIDER_KEYS_SECONDS = 3600.0  # then keys are fetched again, in case one was withdrawn
 MAX_KEYS_TRIED = 16
 MIN_RSA_BITS = 2048
 MAX_RSA_BITS = 16384
-TOKEN_LEEWAY_SECONDS = 60
+ACCESS_TOKEN_LEEWAY_SECONDS = 60
 
 # ---- Errors ---------------------------------------------------------------------------------
 
@@ -1013,7 +1014,7 @@ def check_claims(claims: dict[str, Any], oidc: Oidc, issuer: str, now: float) ->
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e12:
             raise Refusal("oidc", f"the access token's {name} is missing or not a time")
         seconds = now - value if name == "exp" else value - now
-        if seconds > TOKEN_LEEWAY_SECONDS:
+        if seconds > ACCESS_TOKEN_LEEWAY_SECONDS:
             raise Refusal("oidc", f"the access token's {name} is off by {seconds:.0f} s")
     audience = claims.get("aud")
     audiences = audience if isinstance(audience, list) else [audience]
@@ -1197,7 +1198,7 @@ def parse_http_date(text: str) -> Optional[float]:
         return None
 
 
-# Headers with the time that a sender signs, for the log.
+# Types that sign a time, and the header that has it.
 SENT_AT_HEADERS = {"central": "x-central-delivery-timestamp", "new-central": "date"}
 
 
@@ -1257,7 +1258,7 @@ class ReplayCache:
     """The deliveries that a webhook has accepted, so that none is accepted again. Thread-safe.
 
     A key is in at most one of `accepted` and `reserved`. `order` has the accepted deliveries, the
-    oldest first, and forgets it beyond REMEMBERED_DELIVERIES.
+    oldest first; the oldest is forgotten beyond REMEMBERED_DELIVERIES.
     """
 
     def __init__(self) -> None:
@@ -1296,7 +1297,7 @@ class ReplayCache:
                 self.accepted.difference_update(self.order.popleft())
 
     def restore(self, keys: DedupKeys) -> bool:
-        """Remember a delivery that was stored before all others; return False if it is full."""
+        """Remember a delivery stored before all others; return False if the cache is full."""
         with self.lock:
             if self.accepted.isdisjoint(keys):
                 self.accepted.update(keys)
@@ -1335,13 +1336,13 @@ def restore_replay_caches(
     oldest = b""
     if window_seconds:
         oldest = format_utc(now - window_seconds - MAX_FUTURE_SECONDS).encode()
-    is_useless = False  # it holds something that should have been remembered, or is not ours
+    has_lines = False  # recent ones, or some of another program
     try:
         for line in itertools.islice(lines_from_end(path), 4 * REMEMBERED_DELIVERIES):
             match = _LOG_LINE.fullmatch(line)
             if match and match[1] < oldest:
                 break
-            is_useless = is_useless or bool(line)
+            has_lines = has_lines or bool(line)
             if not match:
                 continue
             with contextlib.suppress(KeyError, ValueError):  # another webhook; not hexadecimal
@@ -1353,7 +1354,7 @@ def restore_replay_caches(
     except OSError as error:
         raise OutputError(f"webclient_info.log_file: {path}: {error.strerror}") from None
     count = sum(len(cache.order) for cache in caches.values())
-    if count or not is_useless:
+    if count or not has_lines:
         log.info("%d deliveries remembered from %s", count, path)
     else:
         advice = "was a webhook renamed, or is it the log of another program?"
@@ -1504,7 +1505,7 @@ class LogFile:
         self.line_end = b"\n"
         if data.endswith(b"\n", 0, written):
             self.line_end = b""
-        elif data.startswith(b"\n", written):  # a line without only this must not become JSON
+        elif data.startswith(b"\n", written):  # only this is missing: it must not become JSON
             self.line_end = b"#\n"
         try:
             getattr(os, "fdatasync", os.fsync)(self.descriptor)  # macOS has no fdatasync
@@ -1584,14 +1585,15 @@ class Output:
 
     def wake_next(self) -> None:
         """Wake the thread of the first pending entry, so that it writes those that are pending."""
-        with contextlib.suppress(IndexError, RuntimeError):  # there is none, or it is awake
-            self.pending[0].turn.release()
+        with contextlib.suppress(IndexError, RuntimeError):  # it was removed, or is awake
+            if self.pending:
+                self.pending[0].turn.release()
 
     def write_pending(self) -> None:
         """Write all pending entries; called with the lock held."""
         batch: list[Entry] = []
-        with contextlib.suppress(IndexError):
-            while True:
+        with contextlib.suppress(IndexError):  # one that waited too long was removed meanwhile
+            while self.pending:
                 batch.append(self.pending.popleft())
         self.write_deadline = time.monotonic() + self.write_timeout
         stored = 0
@@ -1828,7 +1830,7 @@ def parse_text(value: Any) -> str:
     return value
 
 
-def parse_pattern(pattern: str) -> Callable[[Any], str]:
+def pattern_parser(pattern: str) -> Callable[[Any], str]:
     """Return a function that accepts strings that match a pattern."""
 
     def parse(value: Any) -> str:
@@ -1839,7 +1841,7 @@ def parse_pattern(pattern: str) -> Callable[[Any], str]:
     return parse
 
 
-def parse_number(low: float, high: float, types: Any = (int, float)) -> Callable[[Any], Any]:
+def number_parser(low: float, high: float, types: Any = (int, float)) -> Callable[[Any], Any]:
     """Return a function that accepts numbers within bounds; true and false are not numbers."""
 
     def parse(value: Any) -> Any:
@@ -1853,7 +1855,7 @@ def parse_number(low: float, high: float, types: Any = (int, float)) -> Callable
 def parse_port(value: Any) -> Any:
     """Accept a port, as a number or as its digits."""
     is_digits = isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value)
-    return parse_number(0, 65535, int)(int(value) if is_digits else value)
+    return number_parser(0, 65535, int)(int(value) if is_digits else value)
 
 
 def parse_host(value: Any) -> str:
@@ -1955,25 +1957,25 @@ WEBCLIENT_OPTIONS = {
     "port": Option("a port from 0 to 65535", parse_port, REQUIRED),
     "log_file": Option(PATH, parse_text),
     "max_body_bytes": Option(
-        "a whole number from 1 to 2^30", parse_number(1, 2**30, int), 1024 * 1024
+        "a whole number from 1 to 2^30", number_parser(1, 2**30, int), 1024 * 1024
     ),
-    "request_timeout_seconds": Option("a number from 0.1 to 3600", parse_number(0.1, 3600), 10),
-    "max_connections": Option("a whole number from 1 to 65535", parse_number(1, 65535, int), 256),
+    "request_timeout_seconds": Option("a number from 0.1 to 3600", number_parser(0.1, 3600), 10),
+    "max_connections": Option("a whole number from 1 to 65535", number_parser(1, 65535, int), 256),
     "trusted_proxies": Option("an array of addresses and networks", parse_networks, LOCAL),
 }
 WEBHOOK_OPTIONS = {
     "name": TEXT,
-    "type": Option("one of " + ", ".join(TYPES), parse_pattern("|".join(TYPES)), "central"),
-    "path": Option("a path that begins with /, without query", parse_pattern(r"/[!-\"$->@-~]*")),
+    "type": Option("one of " + ", ".join(TYPES), pattern_parser("|".join(TYPES)), "central"),
+    "path": Option("a path that begins with /, without query", pattern_parser(r"/[!-\"$->@-~]*")),
     "token": SECRETS,
     "token_file": Option(PATH, parse_token_path),
-    "replay_window_hours": Option("a number from 0 to 87600", parse_number(0, 87600), 48),
+    "replay_window_hours": Option("a number from 0 to 87600", number_parser(0, 87600), 48),
     "public_url": Option("the URL as typed into Central", parse_public_url),
     "api_key": OBJECT,
     "oidc": OBJECT,
 }
 API_KEY_OPTIONS = {
-    "header": Option("the name of a header", parse_pattern(FIELD_NAME)),
+    "header": Option("the name of a header", pattern_parser(FIELD_NAME)),
     "field": TEXT,
     "value": SECRETS._replace(default=REQUIRED),
 }
@@ -1993,7 +1995,7 @@ def describe_value(value: Any, is_secret: bool = False) -> str:
     return names.get(type(value), "another type")
 
 
-def load_object(
+def parse_options(
     found: Any, where: str, options: Mapping[str, Option], errors: list[str]
 ) -> dict[str, Any]:
     """Return the value of each option: as parsed, the default if it is missing, None if wrong.
@@ -2038,7 +2040,7 @@ def load_tokens(name: str, folder: str, where: str, errors: list[str]) -> tuple[
 
 def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Optional[Webhook]:
     """Load one webhook; a relative `token_file` is relative to `folder`."""
-    values = load_object(found, where, WEBHOOK_OPTIONS, errors)
+    values = parse_options(found, where, WEBHOOK_OPTIONS, errors)
     if not values:
         return None
     webhook_type = values["type"]
@@ -2061,17 +2063,17 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
         )
     api_key = None
     if "api_key" in found:
-        given = load_object(found["api_key"], f"{where}.api_key", API_KEY_OPTIONS, errors)
+        given = parse_options(found["api_key"], f"{where}.api_key", API_KEY_OPTIONS, errors)
         if given:
             api_key = ApiKey(
                 (given["header"] or "").lower(), given["field"] or "", given["value"] or ()
             )
             if ("header" in found["api_key"]) == ("field" in found["api_key"]):
-                both = "both" if given["header"] else "neither"
+                both = "both" if "header" in found["api_key"] else "neither"
                 errors.append(f"{where}.api_key: expected header or field, found {both}")
     oidc = None
     if "oidc" in found:
-        given = load_object(found["oidc"], f"{where}.oidc", OIDC_OPTIONS, errors)
+        given = parse_options(found["oidc"], f"{where}.oidc", OIDC_OPTIONS, errors)
         if given:
             oidc = Oidc(**given)
             if "audience" not in found["oidc"] and "client_id" not in found["oidc"]:
@@ -2150,11 +2152,11 @@ def read_config(data: bytes, folder: str = "") -> Config:
     """
     parsed, repeated = parse_config_json(data)
     errors = [f"{name}: the key is repeated" for name in repeated]
-    top = load_object(parsed, "", TOP_OPTIONS, errors)
+    top = parse_options(parsed, "", TOP_OPTIONS, errors)
     if not top:
         raise ConfigError(*errors)
-    webclient = load_object(top["webclient_info"], "webclient_info", WEBCLIENT_OPTIONS, errors)
-    central = load_object(top["central_info"], "central_info", CENTRAL_OPTIONS, errors)
+    webclient = parse_options(top["webclient_info"], "webclient_info", WEBCLIENT_OPTIONS, errors)
+    central = parse_options(top["central_info"], "central_info", CENTRAL_OPTIONS, errors)
     webhooks = load_webhooks(central["webhook"], folder, errors) if central else ()
     if errors:
         raise ConfigError(*errors)
@@ -2614,7 +2616,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             length = parse_body_length(self.parsed, self.server.config.max_body_bytes)
             self.webhooks = self.server.route(self.parsed)
             self.read_body(length)
-            getattr(self, f"do_{self.parsed.method}")()
+            getattr(self, f"do_{self.parsed.method}")()  # `route` lets GET, HEAD and POST pass
         except Refusal as refusal:
             self.refuse(refusal)
         except OSError:  # the sender is gone, or does not read its answer
@@ -3162,7 +3164,7 @@ def serve(server: WebhookServer, path: str) -> int:
         if number in STOP_SIGNALS:
             stops.append(number)
         if len(stops) > 1:
-            os._exit(EX_CANNOT_SERVE if server.output.stdout_closed else 0)
+            os._exit(EXIT_FAILURE if server.output.stdout_closed else 0)
         server.events.put(number)
 
     for number in (*STOP_SIGNALS, *RELOAD_SIGNALS):
@@ -3182,7 +3184,7 @@ def serve(server: WebhookServer, path: str) -> int:
     server.stop()
     if server.output.stdout_closed:
         log.error("stopped: nobody reads stdout any more")
-        return EX_CANNOT_SERVE
+        return EXIT_FAILURE
     log.info("stopped, %d requests unanswered", server.count_in_flight())
     return 0
 
@@ -3267,10 +3269,10 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     matches = [webhook for webhook in config.webhooks if name in (None, webhook.name)]
     if len(matches) != 1:
         names = ", ".join(webhook.name for webhook in config.webhooks)
-        return fail(f"--webhook: expected one of {names}", EX_USAGE)
+        return fail(f"--webhook: expected one of {names}", EXIT_USAGE)
     webhook = matches[0]
     if not url and not config.port:
-        return fail("--send-sample: expected a URL, since port 0 is any free port", EX_USAGE)
+        return fail("--send-sample: expected a URL, since port 0 is any free port", EXIT_USAGE)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = url or f"http://{format_host(host)}:{config.port}{webhook.path or '/centralwebhook'}"
     url = url.partition("#")[0]
@@ -3278,17 +3280,17 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     for line in header_lines:
         field_name, colon, value = line.partition(":")
         if not colon or not re.fullmatch(FIELD_NAME, field_name) or _UNSAFE.search(value):
-            return fail("--header: expected 'Name: value'", EX_USAGE)
+            return fail("--header: expected 'Name: value'", EXIT_USAGE)
         headers[field_name.lower()] = value.strip()
     started = time.monotonic()
     try:
         status, data = http_request("POST", url, headers, body, SAMPLE_SECONDS)
     except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
-        return fail(f"{url}: {str(error) or type(error).__name__}", EX_CANNOT_SERVE)
+        return fail(f"{url}: {str(error) or type(error).__name__}", EXIT_FAILURE)
     milliseconds = 1000 * (time.monotonic() - started)
     answer = escape_text(data[:500].decode(errors="replace").strip())
     print(f"{status} {answer} {milliseconds:.0f} ms")
-    return 0 if status == 200 else EX_CANNOT_SERVE
+    return 0 if status == 200 else EXIT_FAILURE
 
 
 def run_demo(render: Callable[[Delivery], str]) -> int:
@@ -3312,11 +3314,14 @@ def run_demo(render: Callable[[Delivery], str]) -> int:
             title = "forged alert, one word of its body changed"
             expected = 401
             body = body.replace(b"Critical", b"Harmless")
-        status, data = http_request("POST", url, headers, body, SAMPLE_SECONDS)
+        try:
+            status, data = http_request("POST", url, headers, body, SAMPLE_SECONDS)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            return fail(f"{url}: {error}", EXIT_FAILURE)
         flush_log()
         print_error(f"{title}: {status} {data.decode()}")
         has_failed = has_failed or status != expected
-    return EX_CANNOT_SERVE if has_failed else 0
+    return EXIT_FAILURE if has_failed else 0
 
 
 def check_config(config: Config) -> int:
@@ -3442,14 +3447,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return start(config, options.input, choose_render(options.format))
     except ConfigError as error:
         for text in error.args:
-            fail(f"{options.input}: {text}", EX_CONFIG)
-        return EX_CONFIG
+            fail(f"{options.input}: {text}", EXIT_CONFIG)
+        return EXIT_CONFIG
     except (OutputError, StartError) as error:
-        return fail(str(error), EX_CANNOT_SERVE)
-    except (OSError, RuntimeError) as error:  # of stdout, mostly
-        return fail(f"stdout: {getattr(error, 'strerror', None) or error}", EX_CANNOT_SERVE)
+        return fail(str(error), EXIT_FAILURE)
+    except OSError as error:
+        return fail(f"stdout: {error.strerror or error}", EXIT_FAILURE)
     except KeyboardInterrupt:
-        return EX_CANNOT_SERVE if options.send_sample is not None else 0
+        return EXIT_FAILURE if options.send_sample is not None else 0
     finally:
         flush_log()
 
