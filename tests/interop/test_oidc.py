@@ -753,7 +753,9 @@ class ProxyTest(unittest.TestCase):
         environment = {**self.environment, **environment}
         with receiver_for(self.provider.well_known_url, environment) as receiver:
             token = self.provider.mint(new_key(), "one")
-            return deliver(receiver, token).status, receiver.stderr_lines
+            status = deliver(receiver, token).status
+            receiver.wait_for_log("OIDC keys")  # that they were obtained, or why not
+            return status, list(receiver.stderr_lines)
 
     def test_the_keys_are_fetched_through_the_proxy(self):
         status, log = self.deliver()
