@@ -2901,6 +2901,7 @@ class WebhookServer(ThreadingHTTPServer):
         self.date = email.utils.formatdate(usegmt=True)  # service_actions refreshes it
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()
+        self.closed = threading.Condition()  # notified when a connection was closed
         self.accepted: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread_count = 0
         # What the main thread waits for: numbers of signals, or None if stdout is gone.
@@ -2912,8 +2913,9 @@ class WebhookServer(ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError without a place for it: `serve_forever` retries."""
-        if not wait_until(self.has_room, 0.1):
-            raise BlockingIOError("max_connections are open")
+        with self.closed:
+            if not self.closed.wait_for(self.has_room, 0.1):
+                raise BlockingIOError("max_connections are open")
         try:
             connection, address = super().get_request()
         except OSError as error:
@@ -2940,6 +2942,8 @@ class WebhookServer(ThreadingHTTPServer):
         super().shutdown_request(request)
         self.idle.discard(request)
         self.connections.discard(request)
+        with self.closed:
+            self.closed.notify()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a bug of ours: no input of a sender may get here."""
