@@ -1584,7 +1584,7 @@ class Output:
             raise OutputError(entry.error)
 
     def wake_next(self) -> None:
-        """Wake the thread of the first pending entry, so that it writes those that are pending."""
+        """Wake the thread of the first pending entry; called whenever the lock was released."""
         with contextlib.suppress(IndexError, RuntimeError):  # it was removed, or is awake
             if self.pending:
                 self.pending[0].turn.release()
@@ -1677,6 +1677,7 @@ class Output:
             self.write_timeout = write_timeout
         finally:
             self.lock.release()
+            self.wake_next()
 
 
 class AlertWorker:
