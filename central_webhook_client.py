@@ -1112,7 +1112,7 @@ def http_request(
     (HTTPS_PROXY, NO_PROXY), but a loopback address is never reached through one.
 
     Raises:
-        OSError, ValueError, http.client.HTTPException: there is no whole answer in time.
+        OSError, ValueError, http.client.HTTPException: no complete answer arrived in time.
         RuntimeError: no thread can be started.
     """
     _, host = split_url(url)

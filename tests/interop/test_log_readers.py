@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import random
 import resource
@@ -19,7 +18,12 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from ..support import Receiver, config_of, deadline_poll
+from ..support import (
+    Receiver,
+    config_of,
+    deadline_poll,
+    parse_lines,
+)
 from ..test_life import Senders
 from . import parts
 
@@ -42,15 +46,6 @@ ruleset(name="centralwebhook") {{
     action(type="omfile" File="{folder}/copy" Template="line")
 }}
 """
-
-
-def parse_lines(data):
-    """Return the lines that are JSON, as a reader does; a line without its end is not read."""
-    found = []
-    for line in data.split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
 
 
 class LimitedFile:
