@@ -2409,23 +2409,18 @@ def diagnose(request: Request, webhooks: Sequence[ActiveWebhook], now: float) ->
 
 # ---- HTTP parsing ---------------------------------------------------------------------------
 
-_REQUEST_LINE = re.compile(rf"({FIELD_NAME}) ([!-~]+) HTTP/([0-9]\.[0-9])".encode())
-_BARE_LINE_FEED = re.compile(rb"(?:\A|[^\r])\n")
-_FIELD = re.compile(rf"^({FIELD_NAME}):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
+_REQUEST_LINE = re.compile(rf"{FIELD_NAME} [!-~]+ HTTP/[0-9]\.[0-9]\r\n".encode())
+_FIELD = re.compile(rf"({FIELD_NAME}):([\t -~\x80-\xff]*)\r\n")
 _HOST = re.compile(
     r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]*)(?::[0-9]*)?"  # RFC 9110 section 7.2
 )
-_ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://([^/?#]+)/?((?<=/).*|\?.*)?")
+_ABSOLUTE_FORM = re.compile(  # the rest begins with "/" or "?", or is empty
+    r"[A-Za-z][A-Za-z0-9+.\-]*://(?P<authority>[^/?#]+)(?P<rest>(?:[/?].*)?)"
+)
 _CHUNK_EXTENSION = (
     rf'[ \t]*;[ \t]*{FIELD_NAME}(?:[ \t]*=[ \t]*(?:{FIELD_NAME}|"(?:[\t !#-\[\]-~]|\\[\t -~])*"))?'
 )
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*\r\n".encode())
-
-
-def check_request_line_length(line: bytes) -> None:
-    """Check the length of a request line, or of its beginning. Raises Refusal: target_too_long."""
-    if len(line) > MAX_REQUEST_LINE_BYTES:
-        raise Refusal("target_too_long", f"a request line above {MAX_REQUEST_LINE_BYTES} bytes")
 
 
 def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
@@ -2433,75 +2428,47 @@ def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
 
     Raises Refusal: malformed, version.
     """
-    check_request_line_length(line)
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise Refusal("malformed", diagnose_request_line(line))
-    method, target, version = match[0].decode().split(" ")
+        detail = "the request line is malformed"
+        if line.startswith((b"PROXY ", b"\0")):  # "\0" begins the rest of a binary header
+            detail = "this is the PROXY protocol: switch it off at the proxy"
+        raise Refusal("malformed", detail)
+    method, target, version = match[0].decode().split()
     if version not in ("HTTP/1.0", "HTTP/1.1"):
         raise Refusal("version", f"{version}, expected HTTP/1.0 or HTTP/1.1")
     if not target.startswith("/"):  # section 3.2.2: the absolute form must be accepted
         absolute = _ABSOLUTE_FORM.fullmatch(target)
-        if not absolute or not _HOST.fullmatch(absolute[1]):
+        if not absolute or not _HOST.fullmatch(absolute["authority"]):
             raise Refusal("malformed", "the target is neither a path nor an absolute URL")
-        target = "/" + (absolute[2] or "")
+        target = "/" + absolute["rest"].removeprefix("/")
     if "#" in target:
         raise Refusal("malformed", "the target has a fragment (#)")
     path, mark, query = target.partition("?")
     return method, path, query if mark else None, version
 
 
-def check_incomplete_head(head: bytes, start: int) -> None:
-    """Check what has come of a request whose header is not complete yet: refuse it at once.
+def parse_fields(lines: Iterable[bytes]) -> tuple[dict[str, str], frozenset[str]]:
+    """Parse the lines of header fields; return values by lower-case name, and repeated names.
 
-    Line ends before `start` have been checked. Raises Refusal: malformed, version, target_too_long,
-    headers_too_large.
+    The values of a repeated name are joined with ", ". Raises Refusal: malformed.
     """
-    if head.startswith((b"\x16\x03", b"\0\r\nQUIT")):  # no empty line will come
-        raise Refusal("malformed", diagnose_request_line(head))
-    end = head.find(b"\r\n")
-    if end < 0:
-        check_request_line_length(head[:-1] if head.endswith(b"\r") else head)
-    else:
-        parse_request_line(head[:end])
-    if len(head) > MAX_REQUEST_LINE_BYTES + MAX_HEADER_BYTES + len(b"\r\n\r\n"):
-        raise Refusal("headers_too_large", f"the header is above {MAX_HEADER_BYTES} bytes")
-    if _BARE_LINE_FEED.search(head, start):
-        raise Refusal("malformed", "a line ends without CR")
-
-
-def diagnose_request_line(line: bytes) -> str:
-    """Say what a malformed request line seems to be."""
-    if line.startswith(b"\x16\x03"):
-        return "this is TLS, on a port for plain HTTP: use http://, or put the proxy in front"
-    if line.startswith((b"PROXY ", b"\0\r\nQUIT")):
-        return "this is the PROXY protocol: switch it off at the proxy"
-    return "the request line is malformed"
-
-
-def parse_fields(fields: bytes) -> tuple[dict[str, str], frozenset[str]]:
-    """Parse header fields and the empty line after them into values by lower-case name.
-
-    Also return the names that are repeated; their values are joined with ", ". Raises Refusal:
-    malformed, headers_too_large.
-    """
-    text = fields[:-2].decode("latin-1")
-    if len(text) > MAX_HEADER_BYTES:
-        raise Refusal("headers_too_large", f"the header is above {MAX_HEADER_BYTES} bytes")
-    found = _FIELD.findall(text)
-    # Security: nothing but text and whole line ends. Bare CR or LF, NUL, folded lines and white
-    # space before the colon are read differently by different programs: that is how requests are
-    # smuggled past a proxy.
-    if len(found) != text.count("\n"):
-        detail = "its name, a control character, or a line without CRLF"
-        raise Refusal("malformed", f"a header field is malformed: {detail}")
-    if len(found) > MAX_HEADER_FIELDS:
-        raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
-    lines = [(name.lower(), value.strip(" \t")) for name, value in found]
-    values = dict(lines)
-    repeated = find_repeated(name for name, _ in lines) if len(values) < len(lines) else []
-    for name in repeated:
-        values[name] = ", ".join(value for other, value in lines if other == name)
+    values: dict[str, str] = {}
+    repeated = set()
+    for line in lines:
+        match = _FIELD.fullmatch(line.decode("latin-1"))
+        # Security: nothing but text and a whole line end. Bare CR or LF, NUL, folded lines and
+        # white space before the colon are read differently by different programs: that is how
+        # requests are smuggled past a proxy.
+        if not match:
+            detail = "its name, a control character, or a line without CRLF"
+            raise Refusal("malformed", f"a header field is malformed: {detail}")
+        name = match[1].lower()
+        value = match[2].strip(" \t")
+        if name in values:
+            repeated.add(name)
+            value = f"{values[name]}, {value}"
+        values[name] = value
     return values, frozenset(repeated)
 
 
@@ -2513,13 +2480,13 @@ def parse_body_length(request: Request, max_body_bytes: int) -> Optional[int]:
     length = request.headers.get("content-length")
     coding = request.headers.get("transfer-encoding")
     if coding is not None:
-        codings = {part.strip().lower() for part in coding.split(",")}
-        is_repeated = codings <= {"chunked", ""} and coding.lower() != "chunked"
-        if length is not None or request.version == "HTTP/1.0" or is_repeated:
-            detail = "repeated, with Content-Length, or in HTTP/1.0"
-            raise Refusal("malformed", f"Transfer-Encoding is {detail}")
-        if codings != {"chunked"}:
+        if length is not None or request.version == "HTTP/1.0":
+            raise Refusal("malformed", "Transfer-Encoding with Content-Length, or in HTTP/1.0")
+        codings = [name.strip().lower() for name in coding.split(",")]
+        if not set(codings) <= {"chunked", ""}:
             raise Refusal("coding", f"Transfer-Encoding is {coding[:40]!r}, expected chunked")
+        if codings != ["chunked"]:
+            raise Refusal("malformed", "Transfer-Encoding is empty, or chunked is repeated")
         return None
     if length is None:
         if request.method == "POST":
@@ -2607,6 +2574,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Read one request, call `do_POST`, `do_GET` or `do_HEAD`, or refuse it."""
+        server = self.server
         self.parsed = EMPTY_REQUEST
         self.webhooks: Sequence[ActiveWebhook] = ()
         self.close_connection = True
@@ -2614,8 +2582,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
             if not self.wait_for_request():
                 return
             self.parse_request()
-            length = parse_body_length(self.parsed, self.server.config.max_body_bytes)
-            self.webhooks = self.server.route(self.parsed)
+            length = parse_body_length(self.parsed, server.config.max_body_bytes)
+            self.webhooks = server.route(self.parsed)
             self.read_body(length)
             getattr(self, f"do_{self.parsed.method}")()  # `route` lets GET, HEAD and POST pass
         except Refusal as refusal:
@@ -2623,14 +2591,13 @@ class WebhookHandler(BaseHTTPRequestHandler):
         except OSError:  # the sender is gone, or does not read its answer
             self.close_connection = True
         finally:
-            self.server.idle.add(self.connection)
+            server.idle.add(self.connection)
 
     def wait_for_request(self) -> bool:
         """Wait for the first byte of a request; return False if none comes."""
-        try:  # RFC 9112 section 2.2: empty lines before a request are passed over
-            while self.rfile.peek(1)[:1] == b"\r":
-                if self.rfile.read(2) != b"\r\n":
-                    raise Refusal("malformed", "a carriage return before the request")
+        try:
+            while self.rfile.peek(1)[:1] == b"\r":  # RFC 9112 section 2.2: pass over empty lines
+                self.read_line(0, "malformed")
             if not self.rfile.peek(1):
                 return False
         except Refusal as refusal:
@@ -2643,39 +2610,47 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.is_first = False
         return True
 
-    def read_line(self) -> bytes:
-        """Read a line of a chunked body with its CRLF. Raises Refusal: malformed, timeout."""
-        line = self.rfile.readline(MAX_CHUNK_LINE_BYTES)
-        if not line.endswith(b"\r\n"):
-            raise Refusal("malformed", "a line of the chunked body is too long, or has no CRLF")
-        return line
-
-    def read_head(self) -> bytes:
-        """Read the request line and the header fields, up to the end of the empty line.
-
-        Raises Refusal: malformed, target_too_long, headers_too_large, timeout.
-        """
-        head = b""
-        while True:
-            buffered = self.rfile.peek(1)  # waits for one byte at least
-            if not buffered:
-                raise Refusal("malformed", "the connection ended within the header")
-            start = max(0, len(head) - 3)  # where the empty line can begin
-            end = (head + buffered).find(b"\r\n\r\n", start) + 4
-            if end >= 4:
-                return head + self.rfile.read(end - len(head))
-            head += self.rfile.read(len(buffered))
-            check_incomplete_head(head, start)
-
     def parse_request(self) -> bool:
         """Read and parse the request line and the header (RFC 9112). Raises Refusal."""
-        line, _, fields = self.read_head().partition(b"\r\n")
-        self.parsed = Request(*parse_request_line(line), *parse_fields(fields))
+        if self.rfile.peek(1)[:1] == b"\x16":  # no line end may follow
+            detail = "this is TLS, on a port for plain HTTP: use http://, or put the proxy in front"
+            raise Refusal("malformed", detail)
+        line = self.read_line(MAX_REQUEST_LINE_BYTES, "target_too_long")
+        request_line = parse_request_line(line)
+        self.parsed = Request(*request_line, *self.read_fields())
         host = self.parsed.headers.get("host")
         is_missing = host is None and self.parsed.version == "HTTP/1.1"
         if is_missing or "host" in self.parsed.repeated or not _HOST.fullmatch(host or ""):
             raise Refusal("malformed", "Host is missing, malformed or repeated")
         return True
+
+    def read_line(self, limit: int, reason: str) -> bytes:
+        """Read a line; its CRLF stays. Raises Refusal: malformed, timeout, `reason` if too long."""
+        line = self.rfile.readline(limit + len(b"\r\n"))
+        if line.endswith(b"\r\n"):
+            return line
+        if len(line) > limit:
+            raise Refusal(reason, f"a line is above {limit} bytes")
+        if line.endswith(b"\n"):
+            raise Refusal("malformed", "a line ends without CR")
+        raise Refusal("malformed", "the connection ended within the request")
+
+    def read_fields(self) -> tuple[dict[str, str], frozenset[str]]:
+        """Read header or trailer fields and the empty line after them; see `parse_fields`.
+
+        Raises Refusal: malformed, timeout, headers_too_large.
+        """
+        lines: list[bytes] = []
+        size = 0
+        while True:
+            line = self.read_line(MAX_HEADER_BYTES, "headers_too_large")
+            if line == b"\r\n":
+                return parse_fields(lines)
+            lines.append(line)
+            size += len(line)
+            if size > MAX_HEADER_BYTES or len(lines) > MAX_HEADER_FIELDS:
+                limit = f"{MAX_HEADER_BYTES} bytes or {MAX_HEADER_FIELDS} fields"
+                raise Refusal("headers_too_large", f"the header is above {limit}")
 
     def read_body(self, length: Optional[int]) -> None:
         """Read the body (None: chunked), after a 100 Continue if the sender waits for it."""
@@ -2697,7 +2672,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         limit = self.server.config.max_body_bytes
         body = bytearray()
         while True:
-            match = _CHUNK_LINE.fullmatch(self.read_line())
+            match = _CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE_BYTES, "malformed"))
             if not match:
                 raise Refusal("malformed", "the size of a chunk is malformed")
             size = int(match[1], 16)
@@ -2708,14 +2683,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             body += self.read_exactly(size)
             if self.read_exactly(2) != b"\r\n":
                 raise Refusal("malformed", "a chunk is longer than its size")
-        line = self.read_line()
-        trailers = b""
-        while line != b"\r\n":
-            trailers += line
-            if len(trailers) > MAX_HEADER_BYTES:
-                raise Refusal("headers_too_large", "the trailer fields are too large")
-            line = self.read_line()
-        parse_fields(trailers + line)
+        self.read_fields()
         return bytes(body)
 
     def do_POST(self) -> None:
