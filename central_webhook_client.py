@@ -1419,18 +1419,29 @@ def render_pretty(delivery: Delivery, colour: bool) -> str:
     return f"{'  '.join(header).rstrip()}\n{textwrap.indent(body, '  ')}\n"
 
 
-@dataclass(eq=False)  # so that `pending.remove` goes by identity
+@dataclass
 class Entry:
     """A delivery on its way to stdout and the log."""
 
     delivery: Delivery
     keys: DedupKeys
     replay_cache: ReplayCache
-    stdout_bytes: bytes
-    json_line: str  # for the log, where the key is added to it
-    turn: threading.Lock  # released when it is written, or when its thread is to write
-    is_done: bool = False
-    error: str = ""  # why it was not stored
+    stdout_line: bytes
+    json_line: str
+    error: str = "not written"  # why it is not stored; "" if it is
+
+    def log_line(self) -> bytes:
+        """Return the line for the log: that of stdout with the key."""
+        return f'{self.json_line[:-2]}, "key": {json.dumps(self.delivery.key)}}}\n'.encode()
+
+
+class Batch:
+    """Entries that are written together, by the thread of the first one."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.unwritten = threading.Lock()  # held until they are written
+        self.unwritten.acquire()
 
 
 def open_log(path: str) -> int:
@@ -1449,7 +1460,7 @@ def open_log(path: str) -> int:
 class LogFile:
     """The log of accepted deliveries. It is append-only: it never shrinks, no byte changes.
 
-    A failed write or a power loss may leave a half line. The next write begins with `line_end`, so
+    A failed write or a power loss may leave a half line. The next write begins with a line feed, so
     that readers see the half line as a line of its own, which is not JSON.
     """
 
@@ -1457,16 +1468,10 @@ class LogFile:
         """Open the file, for this process alone. Raises OutputError if that is not possible."""
         self.path = path
         self.descriptor = open_log(path)
-        self.size = 0
-        self.line_end = b""
         try:
             if sys.platform != "win32":
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.check_end()
-            if self.line_end:
-                log.warning("%s: ends with a half line, which the next write ends", path)
-            if self.size:
-                os.fsync(self.descriptor)  # what is there will be answered with 200 as a duplicate
+            os.fsync(self.descriptor)  # what is there will be answered with 200 as a duplicate
         except OSError as error:
             os.close(self.descriptor)
             in_use = isinstance(error, BlockingIOError)
@@ -1479,18 +1484,17 @@ class LogFile:
             finally:
                 os.close(folder)
 
-    def check_end(self) -> None:
-        """Look whether the log ends with a half line, unless this process wrote the end."""
-        size = os.lseek(self.descriptor, 0, os.SEEK_END)
-        if size not in (0, self.size):
-            os.lseek(self.descriptor, -1, os.SEEK_END)
-            if os.read(self.descriptor, 1) != b"\n":
-                self.line_end = self.line_end or b"\n"
-        self.size = size
+    def ends_mid_line(self) -> bool:
+        """Return True if the last line has no line feed."""
+        if not os.lseek(self.descriptor, 0, os.SEEK_END):
+            return False
+        os.lseek(self.descriptor, -1, os.SEEK_END)
+        return os.read(self.descriptor, 1) != b"\n"
 
     def append(self, lines: Sequence[bytes]) -> tuple[int, str]:
         """Append lines, synced; return how many are stored, and why the others are not ("")."""
-        data = self.line_end + b"".join(lines)
+        start = b"\n" if self.ends_mid_line() else b""
+        data = start + b"".join(lines)
         written = 0
         failure = ""
         try:
@@ -1498,15 +1502,8 @@ class LogFile:
                 written += os.write(self.descriptor, data[written:])
         except OSError as error:
             failure = f"{self.path}: {error.strerror}"
-        self.size += written
-        if not written:
-            return 0, failure
-        stored = data.count(b"\n", len(self.line_end), written)
-        self.line_end = b"\n"
-        if data.endswith(b"\n", 0, written):
-            self.line_end = b""
-        elif data.startswith(b"\n", written):  # only this is missing: it must not become JSON
-            self.line_end = b"#\n"
+        # A line that lacks nothing but its line feed is stored: the next write begins with it.
+        stored = data.count(b"\n", len(start), written + 1)
         try:
             getattr(os, "fdatasync", os.fsync)(self.descriptor)  # macOS has no fdatasync
         except OSError as error:
@@ -1517,9 +1514,8 @@ class LogFile:
 class Output:
     """stdout and the log: what is accepted is written to both before it is answered.
 
-    Many threads write. Each adds its entry to the pending ones. The one that gets the lock writes
-    all that are pending, with one sync (group commit), wakes their threads, and then the thread of
-    the next pending entry. Replay caches and `handle_alert` get what is stored in log order.
+    Many threads write. What arrives while a batch is being written forms the next batch, which has
+    one sync (group commit). Replay caches and `handle_alert` get what is stored in log order.
     """
 
     def __init__(
@@ -1532,8 +1528,9 @@ class Output:
         self.write_timeout = write_timeout
         self.render = render
         self.alert_worker = AlertWorker(handle_alert) if handle_alert else None
-        self.lock = threading.Lock()
-        self.pending: collections.deque[Entry] = collections.deque()
+        self.lock = threading.Lock()  # for `batch`
+        self.batch = Batch()  # the next one
+        self.write_lock = threading.Lock()
         self.error = ""  # why the last write failed
         self.write_deadline = math.inf  # monotonic seconds, of the write that is under way
         self.stdout_closed = False
@@ -1556,107 +1553,95 @@ class Output:
         """Return a delivery, rendered for `write`."""
         line = render_json(delivery)
         shown = line if self.render is render_json else self.render(delivery)
-        turn = threading.Lock()
-        turn.acquire()
-        return Entry(delivery, keys, replay_cache, shown.encode(), line, turn)
+        return Entry(delivery, keys, replay_cache, shown.encode(), line)
 
     def write(self, entry: Entry) -> None:
         """Write a delivery to stdout, and then to the log, there on disk; commit its keys.
 
         Raises OutputError if it is not stored. If a write hangs, it may be stored later.
         """
-        deadline = time.monotonic() + self.write_timeout
-        self.pending.append(entry)
-        while not entry.is_done:
-            if self.lock.acquire(blocking=False):
-                try:
-                    self.write_pending()
-                finally:
-                    self.lock.release()
-                    self.wake_next()
-            elif not entry.turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                with contextlib.suppress(ValueError):  # the thread that writes it has taken it
-                    self.pending.remove(entry)
-                    entry.replay_cache.release(entry.keys)
-                self.wake_next()
-                raise OutputError(f"not written within {self.write_timeout:g} s")
+        with self.lock:
+            batch = self.batch
+            batch.entries.append(entry)
+        if batch.entries[0] is entry:
+            self.write_batch(batch)
+        elif batch.unwritten.acquire(timeout=self.write_timeout):
+            batch.unwritten.release()
+        else:
+            raise OutputError(f"not written within {self.write_timeout:g} s")
         if entry.error:
             raise OutputError(entry.error)
 
-    def wake_next(self) -> None:
-        """Wake the thread of the first pending entry; called whenever the lock was released."""
-        with contextlib.suppress(IndexError, RuntimeError):  # it was removed, or is awake
-            if self.pending:
-                self.pending[0].turn.release()
-
-    def write_pending(self) -> None:
-        """Write all pending entries; called with the lock held."""
-        batch: list[Entry] = []
-        with contextlib.suppress(IndexError):  # one that waited too long was removed meanwhile
-            while self.pending:
-                batch.append(self.pending.popleft())
-        self.write_deadline = time.monotonic() + self.write_timeout
+    def write_batch(self, batch: Batch) -> None:
+        """Write a batch as soon as the one before it is written, and settle its entries."""
         stored = 0
-        failure = ""
+        failure = f"not written within {self.write_timeout:g} s"
+        has_lock = self.write_lock.acquire(timeout=self.write_timeout)
+        with self.lock:
+            self.batch = Batch()  # nothing joins this one any more
         try:
-            self.write_stdout(
-                b"".join([entry.stdout_bytes for entry in batch]), self.write_deadline
-            )
-            stored = len(batch)
-            if self.log_file:
-                self.reopen_log(self.log_file.path)
-                lines = [
-                    f'{entry.json_line[:-2]}, "key": {json.dumps(entry.delivery.key)}}}\n'.encode()
-                    for entry in batch
-                ]
-                stored, failure = self.log_file.append(lines)
-        except Exception as error:
-            stored = 0
-            failure = str(error) or type(error).__name__
-        for index, entry in enumerate(batch):
-            if index < stored:
+            if has_lock:
+                stored, failure = self.write_entries(batch.entries)
+            for entry in batch.entries[:stored]:
+                entry.error = ""
                 entry.replay_cache.commit(entry.keys)
                 if self.alert_worker:
                     self.alert_worker.put(entry.delivery)
-            else:
+            for entry in batch.entries[stored:]:
                 entry.error = failure
                 entry.replay_cache.release(entry.keys)
-            entry.is_done = True
-            with contextlib.suppress(RuntimeError):  # it is awake
-                entry.turn.release()
+        finally:
+            if has_lock:
+                self.write_lock.release()
+            batch.unwritten.release()
+
+    def write_entries(self, entries: Sequence[Entry]) -> tuple[int, str]:
+        """Write entries; return how many are stored, and why the others are not ("")."""
+        stored = 0
+        failure = ""
+        self.write_deadline = time.monotonic() + self.write_timeout
+        try:
+            self.write_stdout(b"".join([entry.stdout_line for entry in entries]))
+            if self.log_file:
+                self.open_log(self.log_file.path)
+                stored, failure = self.log_file.append([entry.log_line() for entry in entries])
+            else:
+                stored = len(entries)
+        except Exception as error:
+            failure = str(error) or type(error).__name__
+        self.write_deadline = math.inf
         if failure and failure != self.error:
             log.error("output: %s", failure)
         elif self.error and not failure:
             log.info("output: works again")
         self.error = failure
-        self.write_deadline = math.inf
+        return stored, failure
 
-    def write_stdout(self, data: bytes, deadline: float) -> None:
+    def write_stdout(self, data: bytes) -> None:
         """Write to stdout; a half line that a stalled reader has taken is ended first.
 
-        Raises OutputError if the reader is gone, or has not taken everything by `deadline`.
+        Raises OutputError if the reader is gone, or has not taken everything in time.
         """
-        left = memoryview(b"\n" + data if self.stdout_mid_line else data)
+        remaining = memoryview(b"\n" + data if self.stdout_mid_line else data)
         try:
-            while left:
-                wait_ms = max(0, int(1000 * (deadline - time.monotonic())))
+            while remaining:
+                wait_ms = max(0, int(1000 * (self.write_deadline - time.monotonic())))
                 if self.poll and not self.poll.poll(wait_ms):
                     raise OutputError(f"stdout: not read within {self.write_timeout:g} s")
-                written = os.write(STDOUT, left[: self.max_write])
-                self.stdout_mid_line = left[written - 1] != ord("\n")
-                left = left[written:]
+                written = os.write(STDOUT, remaining[: self.max_write])
+                self.stdout_mid_line = remaining[written - 1] != ord("\n")
+                remaining = remaining[written:]
         except OSError as error:
             gone = (errno.EPIPE, errno.EIO, errno.ECONNRESET) if self.poll else (errno.EPIPE,)
             self.stdout_closed = self.stdout_closed or error.errno in gone
             raise OutputError(f"stdout: {error.strerror}") from None
 
-    def reopen_log(self, path: Optional[str]) -> None:
+    def open_log(self, path: Optional[str]) -> None:
         """Open the log at `path` unless it is open. Raises OutputError; the old one stays then."""
         old = self.log_file
         if old and path:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.stat(path), os.fstat(old.descriptor)):
-                    old.check_end()  # another program may have cut it
                     old.path = path
                     return
         self.log_file = LogFile(path) if path else None
@@ -1666,18 +1651,17 @@ class Output:
                 log.info("%s: moved, deleted or replaced, so it was opened again", path)
 
     def reload(self, log_file: Optional[str], write_timeout: float) -> None:
-        """Go on with another log and time-out, between two writes.
+        """Go on with another log and time-out, between two batches.
 
         Raises OutputError if the log cannot be opened, or a write hangs; nothing has changed then.
         """
-        if not self.lock.acquire(timeout=self.write_timeout):
+        if not self.write_lock.acquire(timeout=self.write_timeout):
             raise OutputError("the output is stuck")
         try:
-            self.reopen_log(log_file)
+            self.open_log(log_file)
             self.write_timeout = write_timeout
         finally:
-            self.lock.release()
-            self.wake_next()
+            self.write_lock.release()
 
 
 class AlertWorker:

@@ -408,19 +408,6 @@ def run_at_once(*runs, **options):
 
 
 @contextlib.contextmanager
-def stdout_to(file):
-    """Let this process write to a file instead of descriptor 1."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    os.dup2(file.fileno(), 1)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
-@contextlib.contextmanager
 def captured_stderr():
     """Collect what this process writes to descriptor 2; the value is a function that returns it."""
     sys.stderr.flush()

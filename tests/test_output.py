@@ -40,7 +40,6 @@ from tests.support import (
     parse_lines,
     raw_request,
     signed,
-    stdout_to,
 )
 
 try:
@@ -293,30 +292,6 @@ class Formats(unittest.TestCase):
             if select.select([master], [], [], 0.1)[0]:
                 data += os.read(master, 65536)
         return data.decode()
-
-
-class Reloads(unittest.TestCase):
-    def test_a_write_that_meets_a_reload_is_not_delayed(self):
-        with open(os.devnull, "wb") as sink, stdout_to(sink):
-            output = product.Output(None, 10, product.render_json)
-            delivery = product.Delivery(0.0, "noc", "central", None, None, b"{}", "{}", None)
-            end = time.monotonic() + 0.5
-
-            def write(_):
-                slowest = 0.0
-                while time.monotonic() < end:
-                    started = time.monotonic()
-                    output.write(output.render_entry(delivery, (), product.ReplayCache()))
-                    slowest = max(slowest, time.monotonic() - started)
-                return slowest
-
-            def reload(_):
-                while time.monotonic() < end:
-                    output.reload(None, 10)
-                return 0.0
-
-            slowest = in_parallel(lambda call: call(None), [reload, write, write, write])
-        self.assertLess(max(slowest), 5)
 
 
 class ReaderOfStdout(LogTest):
