@@ -1398,25 +1398,26 @@ def render_pretty(delivery: Delivery, colour: bool) -> str:
     """Render a delivery for a person: a header line, then the alert, indented by 2."""
     payload = delivery.payload
     alert = summarize(payload)
+    moment = datetime.fromtimestamp(delivery.received_at).isoformat(" ", "seconds")
     place = [f"[{text}]" for text in (alert.device, alert.site) if text]
-    fields = [  # text, width, colour
-        (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(delivery.received_at)), 0, "2"),
-        (delivery.webhook, 0, "1"),
-        (alert.severity.upper() or "-", 8, _COLOURS.get(alert.severity.lower(), "")),
-        (alert.state or "-", 7, _COLOURS.get(alert.state.lower(), "")),
-        (alert.name or "(no name)", 24, "1"),
-        (" ".join([*place, alert.description]), 0, ""),
+    fields = [
+        moment,
+        delivery.webhook,
+        f"{alert.severity.upper() or '-':8}",
+        f"{alert.state or '-':7}",
+        f"{alert.name or '(no name)':24}",
+        " ".join([*place, alert.description]),
     ]
-    header = []
-    for text, width, code in fields:
-        text = escape_text(text).ljust(width)
-        header.append(f"\x1b[{code}m{text}\x1b[0m" if colour and code else text)
-    shown = delivery.text or delivery.body.decode(errors="backslashreplace")
+    header = escape_text("  ".join(fields).rstrip())
+    if colour:
+        code = _COLOURS.get(alert.state.lower()) or _COLOURS.get(alert.severity.lower(), "1")
+        header = f"\x1b[{code}m{header}\x1b[0m"
+    text = delivery.text or delivery.body.decode(errors="backslashreplace")
     if payload is not None:
         with contextlib.suppress(RecursionError):
-            shown = json.dumps(payload, indent=2, ensure_ascii=False)
-    body = "\n".join(escape_text(line) for line in shown.split("\n"))
-    return f"{'  '.join(header).rstrip()}\n{textwrap.indent(body, '  ')}\n"
+            text = json.dumps(payload, indent=2, ensure_ascii=False)
+    body = "\n".join(escape_text(line) for line in text.split("\n"))
+    return f"{header}\n{textwrap.indent(body, '  ')}\n"
 
 
 @dataclass
@@ -1752,26 +1753,30 @@ def flush_log() -> None:
     wait_until(lambda: not LOG_QUEUE.unfinished_tasks, 1)
 
 
-class RateLimit:
-    """Allows REJECTION_LINES_PER_SECOND events a second, and counts the others. Thread-safe."""
+class LogLimiter:
+    """Lets REJECTION_LINES_PER_SECOND lines a second pass, and counts the others. Thread-safe."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.second = 0
-        self.events = itertools.count()
+        self.lines = 0  # in this second
 
     def allows(self) -> bool:
-        """Count one more event; return True if it is within the limit."""
-        return next(self.events) < REJECTION_LINES_PER_SECOND
+        """Count one more line; return True if it is within the limit."""
+        with self.lock:
+            self.lines += 1
+            return self.lines <= REJECTION_LINES_PER_SECOND
 
-    def start_second(self) -> int:
-        """Return how many events of a second that is over were beyond the limit."""
-        second = int(time.monotonic())
-        if second == self.second:
-            return 0
-        self.second = second
-        count = next(self.events)
-        self.events = itertools.count()
-        return max(0, count - REJECTION_LINES_PER_SECOND)
+    def take_suppressed(self) -> int:
+        """Begin anew if a second is over; return how many of its lines were suppressed."""
+        with self.lock:
+            second = int(time.monotonic())
+            if second == self.second:
+                return 0
+            suppressed = self.lines - REJECTION_LINES_PER_SECOND
+            self.second = second
+            self.lines = 0
+            return max(0, suppressed)
 
 
 # ---- Configuration --------------------------------------------------------------------------
@@ -2706,7 +2711,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         if webhook.type == "ip-fabric" and found.startswith("XML"):
             return
         self.server.metrics.count_not_json(webhook.name)
-        if self.server.rejections.allows():
+        if self.server.log_limiter.allows():
             size = len(self.parsed.body)
             log.warning("%r: stored %d bytes that are not JSON: %s", webhook.name, size, found)
 
@@ -2765,7 +2770,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         if not name and len(self.webhooks) == 1:
             name = self.webhooks[0].config.name
         server.metrics.count(name, refusal.reason, len(request.body))
-        if server.rejections.allows():
+        if server.log_limiter.allows():
             receiver = f" for {name!r}" if name else ""
             text = f"{status} to {self.peer()}{receiver}: {refusal.reason}: {refusal}"
             if refusal.reason == "signature":
@@ -2849,7 +2854,7 @@ class WebhookServer(ThreadingHTTPServer):
         self.webhooks = tuple(ActiveWebhook(webhook) for webhook in config.webhooks)
         self.output = output
         self.metrics = Metrics(webhook.name for webhook in config.webhooks)
-        self.rejections = RateLimit()
+        self.log_limiter = LogLimiter()
         self.is_stopping = False
         self.date = email.utils.formatdate(usegmt=True)  # service_actions refreshes it
         self.connections: set[socket.socket] = set()
@@ -2873,7 +2878,7 @@ class WebhookServer(ThreadingHTTPServer):
             connection, address = super().get_request()
         except OSError as error:
             if not isinstance(error, BlockingIOError):  # no more descriptors, mostly
-                if self.rejections.allows():
+                if self.log_limiter.allows():
                     log.error("cannot accept a connection: %s", error.strerror)
                 time.sleep(0.1)
             raise
@@ -2909,9 +2914,9 @@ class WebhookServer(ThreadingHTTPServer):
             while self.thread_count < len(self.connections):
                 threading.Thread(target=self.serve_connections, daemon=True).start()
                 self.thread_count += 1
-        beyond = self.rejections.start_second()
-        if beyond:
-            log.warning("%d more rejections within a second", beyond)
+        suppressed = self.log_limiter.take_suppressed()
+        if suppressed:
+            log.warning("%d more rejections within a second", suppressed)
         if self.output.stdout_closed and not self.is_stopping:
             self.events.put(None)
 
