@@ -2494,52 +2494,27 @@ def parse_body_length(request: Request, max_body_bytes: int) -> Optional[int]:
 # ---- HTTP server ----------------------------------------------------------------------------
 
 
-class DeadlineStream(io.RawIOBase):
-    """The bytes of a connection, until a deadline, whatever the other side does or does not do.
-
-    The socket does not block: a time-out of its own would begin anew with every byte, and cost two
-    more system calls for each read and write.
-    """
+class DeadlineReader(io.RawIOBase):
+    """Receives from a connection until a deadline, however slowly the bytes arrive."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         super().__init__()
-        connection.setblocking(False)
         self.connection = connection
         self.deadline = deadline  # monotonic seconds; it may be changed at any time
-        self.poll = select.poll() if hasattr(select, "poll") else None
 
     def readable(self) -> bool:
         return True
 
-    def is_ready(self, is_reading: bool) -> bool:
-        """Wait until the connection can be read from, or written to; False at the deadline."""
-        left = max(0.0, self.deadline - time.monotonic())
-        if self.poll:
-            self.poll.register(self.connection, select.POLLIN if is_reading else select.POLLOUT)
-            return bool(left and self.poll.poll(1000 * left))
-        readers = [self.connection] if is_reading else []  # Windows has no poll
-        writers = [] if is_reading else [self.connection]
-        return any(select.select(readers, writers, [], left))
-
     def readinto(self, buffer: Any) -> int:
         """Receive what has arrived, or wait for it. Raises Refusal: timeout."""
-        while self.is_ready(True):
-            try:
+        remaining = self.deadline - time.monotonic()
+        try:
+            if remaining > 0:
+                self.connection.settimeout(remaining)
                 return self.connection.recv_into(buffer)
-            except BlockingIOError:
-                continue
+        except socket.timeout:
+            pass
         raise Refusal("timeout", "the request was not complete in time")
-
-    def write(self, data: Any) -> int:
-        """Send all of it. Raises OSError if the other side is gone, or does not read in time."""
-        left = memoryview(data)
-        while left:
-            try:
-                left = left[self.connection.send(left) :]
-            except BlockingIOError:
-                if not self.is_ready(False):
-                    raise
-        return len(data)
 
 
 class WebhookHandler(BaseHTTPRequestHandler):
@@ -2553,12 +2528,11 @@ class WebhookHandler(BaseHTTPRequestHandler):
     rfile: io.BufferedReader
 
     def setup(self) -> None:
-        """Read and write through a DeadlineStream; the time of the first request starts now."""
+        """Read through a DeadlineReader; the time of the first request starts now."""
         super().setup()
         deadline = time.monotonic() + self.server.config.request_timeout_seconds
-        self.stream = DeadlineStream(self.connection, deadline)
-        self.rfile = io.BufferedReader(self.stream, 16 * 1024)
-        self.wfile = self.stream  # type: ignore[assignment]
+        self.reader = DeadlineReader(self.connection, deadline)
+        self.rfile = io.BufferedReader(self.reader, 16 * 1024)
         self.is_first = True
 
     def handle_one_request(self) -> None:
@@ -2595,7 +2569,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             raise
         self.server.idle.discard(self.connection)
         if not self.is_first:
-            self.stream.deadline = time.monotonic() + self.server.config.request_timeout_seconds
+            self.reader.deadline = time.monotonic() + self.server.config.request_timeout_seconds
         self.is_first = False
         return True
 
@@ -2754,9 +2728,9 @@ class WebhookHandler(BaseHTTPRequestHandler):
             f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\n"
             f"{field}\r\n"
         ).encode()
-        self.stream.deadline = time.monotonic() + server.config.request_timeout_seconds
+        self.connection.settimeout(server.config.request_timeout_seconds)  # for the whole answer
         self.wfile.write(head if request.method == "HEAD" else head + body)
-        self.stream.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
+        self.reader.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
         log.debug("%d to %s: %s", status, self.client_address, body[:100])
         if (must_close and status != 408) or (self.close_connection and server.is_stopping):
             self.linger()
@@ -2793,7 +2767,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.server.idle.add(self.connection)
         with contextlib.suppress(OSError, Refusal):
             self.connection.shutdown(socket.SHUT_WR)
-            self.stream.deadline = time.monotonic() + LINGER_SECONDS
+            self.reader.deadline = time.monotonic() + LINGER_SECONDS
             while self.rfile.read1(1 << 16):
                 pass
 
