@@ -7,7 +7,7 @@ One file, Python 3.9 or newer, standard library only. It runs behind an HTTPS re
 (nginx/centralwebhook.conf). A delivery is one POST. `WebhookHandler.handle_one_request` takes the
 first of its five steps, `do_POST` the others:
 
-    1. read     well-formed HTTP, a known path, the raw body   read_head, route, read_body
+    1. read     well-formed HTTP, a known path, the raw body   parse_request, route, read_body
     2. verify   signature, API key, access token               check_webhooks
     3. check    recent, and not accepted before                check_age, ReplayCache.reserve
     4. store    stdout, then log_file, synced to the disk;     Output.write
@@ -285,12 +285,14 @@ class Summary(NamedTuple):
 def summarize(payload: Any) -> Summary:
     """Summarize an alert of any sender; `payload` is parsed JSON of any type."""
     alert = payload if isinstance(payload, dict) else {}
-    events = alert.get("events")  # Juniper Mist: several in one delivery
-    extra = alert.get("additionalDetails")  # new Central: an array of objects
-    nested = [alert.get("details"), alert.get("impactedEntities")]
-    for found in (events, extra):
-        nested.extend(found[:1] if isinstance(found, list) else [])
-    sources = [alert, *(source for source in nested if isinstance(source, dict))]
+    sources = [alert]
+    # Classic Central has an object, new Central and Juniper Mist arrays of objects.
+    for name in ("details", "impactedEntities", "events", "additionalDetails"):
+        nested = alert.get(name)
+        if isinstance(nested, list) and nested:
+            nested = nested[0]
+        if isinstance(nested, dict):
+            sources.append(nested)
 
     def first(*names: str) -> str:
         for name in names:
@@ -303,8 +305,8 @@ def summarize(payload: Any) -> Summary:
         return ""
 
     name = first("alert_type", "name", "event", "type", "text")
-    if isinstance(events, list):
-        name = f"{first('topic')} {first('type')} ({len(events)} events)"
+    if isinstance(alert.get("events"), list):
+        name = f"{first('topic')} {first('type')} ({len(alert['events'])} events)"
     return Summary(
         severity=first("severity"),
         state=first("state", "status"),
@@ -2303,24 +2305,16 @@ def check_signature(webhook: Webhook, request: Request, now: float) -> Verified:
 
 
 def check_webhook(webhook: ActiveWebhook, request: Request, now: float) -> Verified:
-    """Check everything that a webhook demands of its sender: signature, API key, access token.
-
-    Raises Refusal: a check fails.
-    """
-    config = webhook.config
+    """Check all that a webhook demands: signature, API key, access token. Raises Refusal."""
     try:
-        verified = check_signature(config, request, now)
+        verified = check_signature(webhook.config, request, now)
     except SignatureError as error:
-        raise Refusal("signature", str(error), config.name) from None
-    try:
-        if config.api_key:
-            check_api_key(request, config.api_key)
-        if webhook.jwks_client:
-            jwks_client = webhook.jwks_client
-            verify_access_token(request, jwks_client.oidc, jwks_client.signing_keys, now)
-    except Refusal as refusal:
-        refusal.webhook = config.name
-        raise
+        raise Refusal("signature", str(error)) from None
+    if webhook.config.api_key:
+        check_api_key(request, webhook.config.api_key)
+    if webhook.jwks_client:
+        jwks_client = webhook.jwks_client
+        verify_access_token(request, jwks_client.oidc, jwks_client.signing_keys, now)
     return verified
 
 
@@ -2329,17 +2323,22 @@ def check_webhooks(
 ) -> tuple[ActiveWebhook, Verified]:
     """Return the first webhook whose checks all pass, and what its signature says.
 
-    Raises Refusal: that of the webhook that passed the most checks.
+    Raises the Refusal of the webhook that passed the most checks.
     """
     refusals = []
     for webhook in webhooks:
         try:
             return webhook, check_webhook(webhook, request, now)
         except Refusal as refusal:
+            refusal.webhook = webhook.config.name
             refusals.append(refusal)
-    order = ("signature", "api_key", "oidc", "provider")
-    # Of webhooks that share a path, the one whose headers are there is probably the one meant.
-    raise max(refusals, key=lambda one: (order.index(one.reason), "missing" not in str(one)))
+
+    def progress(refusal: Refusal) -> tuple[int, bool]:
+        passed = ("signature", "api_key", "oidc", "provider").index(refusal.reason)
+        # Among equals, the webhook whose headers are there is probably the one meant.
+        return passed, "missing" not in str(refusal)
+
+    raise max(refusals, key=progress)
 
 
 def make_delivery(
@@ -2358,42 +2357,37 @@ def make_delivery(
         sent_at = request.headers["x-central-delivery-timestamp"]
     elif verified.sent_at is not None and 0 <= verified.sent_at < 1e11:
         sent_at = format_utc(verified.sent_at)
-    key = ".".join([key.hex() for key in keys]) or None
+    key = ".".join([digest.hex() for digest in keys]) or None
     return Delivery(now, webhook.name, webhook.type, delivery_id, sent_at, request.body, text, key)
 
 
 def diagnose(request: Request, webhooks: Sequence[ActiveWebhook], now: float) -> str:
-    """Return a hint why a signature was not accepted, for the log; "" without one.
+    """Return a hint why a signature was not accepted, for the log alone; "" without one.
 
     It names no secret, and costs a few signatures for each webhook.
     """
     is_classic = "x-central-signature" in request.headers
     is_new = "signature-input" in request.headers
     types = {webhook.config.type for webhook in webhooks}
-    if is_new and not is_classic and "central" in types and "new-central" not in types:
+    if is_new and not is_classic and "new-central" not in types:
         return 'looks like new Central, which needs "type": "new-central"'
-    if is_classic and not is_new and "new-central" in types and "central" not in types:
+    if is_classic and not is_new and "central" not in types:
         return 'looks like classic Central, which needs "type": "central"'
+    body_alone = HeaderSignature("x-central-signature", "", base64.b64encode)
     for webhook in webhooks:
         config = webhook.config
         with contextlib.suppress(SignatureError):
-            former = replace(config, tokens=webhook.removed_tokens)
-            check_signature(former, request, now)
+            check_signature(replace(config, tokens=webhook.removed_tokens), request, now)
             return "an older token would match, which a reload has removed"
         if config.public_url:
             hint = diagnose_message_signature(request, config.tokens, config.public_url, now)
             if hint:
                 return hint
-        if config.type == "central" and is_classic:
-            scheme = HeaderSignature("x-central-signature", "", base64.b64encode)
-            for token in config.tokens:
-                with contextlib.suppress(SignatureError):
-                    verify_header_signature(request, scheme, token)
-                    return "the body alone would match: a proxy dropped the X-Central headers"
-            names = ("service", "delivery-id", "delivery-timestamp")
-            if not all(request.headers.get(f"x-central-{name}") for name in names):
-                return "does a proxy drop these headers?"
-    return "wrong token, or something was changed on the way" if is_classic or is_new else ""
+        for token in config.tokens if config.type == "central" else ():
+            with contextlib.suppress(SignatureError):
+                verify_header_signature(request, body_alone, token)
+                return "the body alone would match: a proxy dropped the X-Central headers"
+    return ""
 
 
 # ---- HTTP parsing ---------------------------------------------------------------------------
