@@ -2896,7 +2896,7 @@ class WebhookServer(ThreadingHTTPServer):
         """Return the webhooks that a request may be for; none for a path of the receiver itself."""
         path = request.path
         is_reserved = path in RESERVED_PATHS
-        webhooks = [one for one in self.webhooks if one.config.path in (None, path)]
+        webhooks = [webhook for webhook in self.webhooks if webhook.config.path in (None, path)]
         if not webhooks and not is_reserved:
             raise Refusal("not_found", f"no webhook at {path[:200]!r}")
         if request.method not in (("GET", "HEAD") if is_reserved else ("POST",)):
@@ -2911,15 +2911,13 @@ class WebhookServer(ThreadingHTTPServer):
             position = f"{token_index + 1} of {len(webhook.config.tokens)}"
             log.info("webhook %r: token %s still matches", webhook.config.name, position)
 
-    def restore(self, webhooks: Sequence[ActiveWebhook]) -> None:
-        """Restore the replay caches of webhooks from the log. Raises OutputError."""
-        log_file = self.output.log_file
-        webhooks = [one for one in webhooks if one.config.type not in NO_DEDUP]
-        if log_file and webhooks:
-            caches = {one.config.name: one.replay_cache for one in webhooks}
-            windows = [one.config.replay_window_seconds for one in webhooks]
-            window = max(windows) if all(windows) else 0
-            restore_replay_caches(log_file.path, caches, window, time.time())
+    def restore(self, webhooks: Iterable[ActiveWebhook], path: Optional[str]) -> None:
+        """Restore the replay caches of webhooks from a log. Raises OutputError."""
+        webhooks = [webhook for webhook in webhooks if webhook.config.type not in NO_DEDUP]
+        if webhooks and path and os.path.exists(path):
+            caches = {webhook.config.name: webhook.replay_cache for webhook in webhooks}
+            windows = [webhook.config.replay_window_seconds for webhook in webhooks]
+            restore_replay_caches(path, caches, max(windows) if all(windows) else 0, time.time())
 
     def reload(self, config: Config) -> None:
         """Swap in a new configuration, between two writes; what is remembered stays.
@@ -2928,31 +2926,26 @@ class WebhookServer(ThreadingHTTPServer):
         """
         if (config.host, config.port) != (self.config.host, self.config.port):
             log.warning("host and port change with a restart only")
-        self.output.reload(config.log_file, config.request_timeout_seconds)
-        before = {(one.config.name, one.config.type): one for one in self.webhooks}
-        webhooks = []
+        has_same_log = config.log_file == self.config.log_file
+        before = {(webhook.config.name, webhook.config.type): webhook for webhook in self.webhooks}
+        webhooks = tuple(ActiveWebhook(webhook) for webhook in config.webhooks)
         unknown = []
-        for found in config.webhooks:
-            webhook = ActiveWebhook(found)
-            old = before.get((found.name, found.type))
+        for webhook in webhooks:
+            old = before.get((webhook.config.name, webhook.config.type))
             if old:
                 webhook.replay_cache = old.replay_cache
-                former = [*old.config.tokens, *old.removed_tokens]
-                webhook.removed_tokens = tuple(one for one in former if one not in found.tokens)[:4]
-                if found.oidc == old.config.oidc:
+                tokens = [*old.config.tokens, *old.removed_tokens]
+                removed = [token for token in tokens if token not in webhook.config.tokens]
+                webhook.removed_tokens = tuple(removed[:4])
+                if webhook.config.oidc == old.config.oidc:
                     webhook.jwks_client = old.jwks_client
-            if not old or config.log_file != self.config.log_file:
+            if not (old and has_same_log):
                 unknown.append(webhook)
-            webhooks.append(webhook)
-        try:
-            self.restore(unknown)
-        except OutputError:
-            with contextlib.suppress(OutputError):
-                self.output.reload(self.config.log_file, self.config.request_timeout_seconds)
-            raise
+        self.restore(unknown, config.log_file)
+        self.output.reload(config.log_file, config.request_timeout_seconds)
         self.metrics.add_webhooks(webhook.name for webhook in config.webhooks)
         self.config = replace(config, host=self.config.host, port=self.config.port)
-        self.webhooks = tuple(webhooks)
+        self.webhooks = webhooks
 
     def stop(self) -> None:
         """Take nothing new, finish the requests in flight, then what `handle_alert` has to do."""
@@ -3349,7 +3342,7 @@ def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
     output = Output(config.log_file, config.request_timeout_seconds, render)
     listener = inherited_socket() or listen_on(config.host, config.port)
     server = WebhookServer(config, output, listener)
-    server.restore(server.webhooks)
+    server.restore(server.webhooks, config.log_file)
     address: Any = listener.getsockname()
     shown = f"{address}"
     if isinstance(address, tuple):
