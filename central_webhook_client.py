@@ -1524,11 +1524,8 @@ class Output:
     def __init__(
         self, log_file: Optional[str], write_timeout: float, render: Callable[[Delivery], str]
     ) -> None:
-        """Open the log; `write_timeout` is in seconds, `render` is for stdout.
-
-        Raises OutputError if the log cannot be opened, OSError if stdout is closed.
-        """
-        self.write_timeout = write_timeout
+        """Open the log; `render` is for stdout. Raises OutputError, and OSError: no stdout."""
+        self.write_timeout = write_timeout  # seconds
         self.render = render
         self.alert_worker = AlertWorker(handle_alert) if handle_alert else None
         self.lock = threading.Lock()  # for `batch`
@@ -1621,10 +1618,8 @@ class Output:
         return stored, failure
 
     def write_stdout(self, data: bytes) -> None:
-        """Write to stdout; a half line that a stalled reader has taken is ended first.
-
-        Raises OutputError if the reader is gone, or has not taken everything in time.
-        """
+        """Write to stdout. Raises OutputError: its reader is gone, or has not taken all in time."""
+        # A half line that a stalled reader has taken is ended first.
         remaining = memoryview(b"\n" + data if self.stdout_mid_line else data)
         try:
             while remaining:
@@ -1654,10 +1649,7 @@ class Output:
                 log.info("%s: moved, deleted or replaced, so it was opened again", path)
 
     def reload(self, log_file: Optional[str], write_timeout: float) -> None:
-        """Go on with another log and time-out, between two batches.
-
-        Raises OutputError if the log cannot be opened, or a write hangs; nothing has changed then.
-        """
+        """Go on with another log and time-out. Raises OutputError; nothing has changed then."""
         if not self.write_lock.acquire(timeout=self.write_timeout):
             raise OutputError("the output is stuck")
         try:
@@ -2280,10 +2272,7 @@ class ActiveWebhook:
 
 
 def check_signature(webhook: Webhook, request: Request, now: float) -> Verified:
-    """Check the signature of a request against the tokens of a webhook.
-
-    Raises SignatureError: no token matches; then why the last one does not.
-    """
+    """Check the signature of a request. Raises SignatureError: why the last token does not match."""
     if webhook.public_url:
         return verify_message_signature(request, webhook.tokens, webhook.public_url, now)
     if webhook.type == "central":
@@ -2407,10 +2396,7 @@ _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,16}})(?:{_CHUNK_EXTENSION})*\r\n".en
 
 
 def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
-    """Return method, path, query and version of a request line (RFC 9112 section 3).
-
-    Raises Refusal: malformed, version.
-    """
+    """Return method, path, query and version (RFC 9112 section 3). Raises Refusal."""
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         detail = "the request line is malformed"
@@ -2432,10 +2418,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, Optional[str], str]:
 
 
 def parse_fields(lines: Iterable[bytes]) -> tuple[dict[str, str], frozenset[str]]:
-    """Parse the lines of header fields; return values by lower-case name, and repeated names.
-
-    The values of a repeated name are joined with ", ". Raises Refusal: malformed.
-    """
+    """Return values by lower-case name, repeated ones joined with ", ", and the repeated names."""
     values: dict[str, str] = {}
     repeated = set()
     for line in lines:
@@ -2456,10 +2439,7 @@ def parse_fields(lines: Iterable[bytes]) -> tuple[dict[str, str], frozenset[str]
 
 
 def parse_body_length(request: Request, max_body_bytes: int) -> Optional[int]:
-    """Return the length of the body in bytes, None if it is chunked (RFC 9112 section 6).
-
-    Raises Refusal: malformed, coding, no_length, body_too_large.
-    """
+    """Return the length in bytes, None if it is chunked (RFC 9112 section 6). Raises Refusal."""
     length = request.headers.get("content-length")
     coding = request.headers.get("transfer-encoding")
     if coding is not None:
@@ -2593,10 +2573,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         raise Refusal("malformed", "the connection ended within the request")
 
     def read_fields(self) -> tuple[dict[str, str], frozenset[str]]:
-        """Read header or trailer fields and the empty line after them; see `parse_fields`.
-
-        Raises Refusal: malformed, timeout, headers_too_large.
-        """
+        """Read header or trailer fields and the empty line after them; see `parse_fields`."""
         lines: list[bytes] = []
         size = 0
         while True:
@@ -2662,7 +2639,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         entry = server.output.render_entry(delivery, keys, webhook.replay_cache)
         if not webhook.replay_cache.reserve(keys):
             server.metrics.count(config.name, "duplicate", len(request.body))
-            self.reply(200, {"status": "duplicate"})
+            self.reply(200, b'{"status": "duplicate"}')
             return
         try:
             server.output.write(entry)
@@ -2671,7 +2648,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         server.metrics.count(config.name, "accepted", len(request.body))
         if delivery.text is None:
             self.report_not_json(config)
-        self.reply(200, {"status": "ok"})
+        self.reply(200, b'{"status": "ok"}')
 
     def report_not_json(self, webhook: Webhook) -> None:
         """Count and log a body that was stored although it is not JSON."""
@@ -2688,20 +2665,16 @@ class WebhookHandler(BaseHTTPRequestHandler):
         server = self.server
         if self.parsed.path == "/metrics":
             text = server.metrics.render(server.count_in_flight())
-            self.send(200, text, "text/plain; version=0.0.4; charset=utf-8")
+            self.reply(200, text, "text/plain; version=0.0.4; charset=utf-8")
         elif server.output.is_failing() or server.is_stopping:
-            self.reply(503, {"error": "service unavailable"})
+            self.reply(503, b'{"error": "service unavailable"}')
         else:
-            self.reply(200, {"status": "ok"})
+            self.reply(200, b'{"status": "ok"}')
 
     do_HEAD = do_GET
 
-    def reply(self, status: int, answer: dict[str, str], field: str = "") -> None:
-        """Answer with JSON, and with one more header field (with its CRLF)."""
-        self.send(status, json.dumps(answer).encode(), JSON, field)
-
-    def send(self, status: int, body: bytes, content_type: str, field: str = "") -> None:
-        """Send an answer in one piece; decide whether the connection goes on. Raises OSError."""
+    def reply(self, status: int, body: bytes, content_type: str = JSON, field: str = "") -> None:
+        """Answer in one piece; decide whether the connection goes on. `field` has a CRLF."""
         server = self.server
         request = self.parsed
         connection = request.headers.get("connection", "").lower()
@@ -2754,7 +2727,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
             allowed = "GET, HEAD" if request.path in RESERVED_PATHS else "POST"
             field = f"Allow: {allowed}\r\n"
         with contextlib.suppress(OSError):  # the sender is gone
-            self.reply(status, {"error": HTTPStatus(status).phrase.lower()}, field)
+            answer = {"error": HTTPStatus(status).phrase.lower()}
+            self.reply(status, json.dumps(answer).encode(), JSON, field)
 
     def linger(self) -> None:
         """Read and drop what comes for a while: closing with unread data loses the answer."""
