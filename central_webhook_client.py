@@ -2272,7 +2272,7 @@ class ActiveWebhook:
 
 
 def check_signature(webhook: Webhook, request: Request, now: float) -> Verified:
-    """Check the signature of a request. Raises SignatureError: why the last token does not match."""
+    """Check the signature of a request. Raises SignatureError: why the last token fails."""
     if webhook.public_url:
         return verify_message_signature(request, webhook.tokens, webhook.public_url, now)
     if webhook.type == "central":
