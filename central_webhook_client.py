@@ -355,6 +355,13 @@ class Request:
 EMPTY_REQUEST = Request("", "", None, "HTTP/1.1", {}, frozenset())  # while none has been read
 
 
+class Verified(NamedTuple):
+    """What a verified signature says."""
+
+    token_index: int  # position of the token that matched
+    sent_at: Optional[float]  # the signed time in epoch seconds; None if it is not understood
+
+
 def verify_header_signature(request: Request, scheme: HeaderSignature, token: str) -> None:
     """Verify that the body was signed with `token`; see `verify_signature` for what that proves.
 
@@ -368,9 +375,8 @@ def verify_header_signature(request: Request, scheme: HeaderSignature, token: st
         raise SignatureError(f"{scheme.header} does not match")
 
 
-@dataclass(frozen=True)
-class ApiKey:
-    """A shared secret demanded besides the signature."""
+class ApiKey(NamedTuple):
+    """A shared secret demanded besides the signature, in a header or in a field of the body."""
 
     header: str  # its name in lower case; "" if the key is in a field
     field: str  # the name of a top-level field of the JSON body; "" if the key is in a header
@@ -378,41 +384,36 @@ class ApiKey:
 
 
 def check_api_key(request: Request, api_key: ApiKey) -> None:
-    """Check the API key of a request: in a header, bare or after a scheme word, or in a field.
-
-    Raises Refusal: the key is missing, empty, repeated or wrong.
-    """
+    """Check the API key. Raises Refusal: it is missing, empty, repeated or wrong."""
     if api_key.header:
         place = f"the header {api_key.header!r}"
-        value = request.headers.get(api_key.header, "").encode("latin-1")
-        received = [value, value.partition(b" ")[2].lstrip(b" ")]
         is_repeated = api_key.header in request.repeated
+        value = request.headers.get(api_key.header, "").encode("latin-1")
+        candidates = [value, value.partition(b" ")[2].lstrip(b" ")]  # bare, or after a scheme word
     else:
         place = f"the field {api_key.field!r}"
         try:
             payload, repeated = parse_json(request.body.decode("utf-8-sig"))
         except ValueError:
             raise Refusal("api_key", f"{place} is missing: the body is not JSON") from None
-        text = payload.get(api_key.field) if isinstance(payload, dict) else None
-        received = [text.encode(errors="replace") if isinstance(text, str) else b""]
         is_repeated = api_key.field in repeated
-    if is_repeated or not received[0]:
+        text = payload.get(api_key.field) if isinstance(payload, dict) else None
+        candidates = [text.encode(errors="replace") if isinstance(text, str) else b""]
+    if is_repeated or not candidates[0]:
         raise Refusal("api_key", f"{place} is missing, empty or repeated")
-    # Security: compare with all keys, each in constant time, so that time tells nothing.
-    pairs = itertools.product(api_key.values, received)
-    if not any([hmac.compare_digest(valid.encode(), found) for valid, found in pairs]):
+    if not is_any_equal([valid.encode() for valid in api_key.values], candidates):
         raise Refusal("api_key", f"{place} holds another key")
+
+
+def is_any_equal(expected: Iterable[bytes], received: Iterable[bytes]) -> bool:
+    """Return True if one of the received values is one of the expected ones."""
+    pairs = itertools.product(expected, received)
+    # Security: a list, so that all pairs are compared: the time does not tell which one is equal.
+    return any([hmac.compare_digest(valid, value) for valid, value in pairs])
 
 
 # ---- JSON -----------------------------------------------------------------------------------
 
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-# Numbers stay text: this only has to find out whether a text is JSON.
-_VALIDATOR = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)
 # Control characters, and those that reorder, hide or break text: bidi controls, zero-width
 # characters, line separators, surrogates.
 _UNSAFE = re.compile(
@@ -421,14 +422,8 @@ _UNSAFE = re.compile(
 )
 
 
-def json_text(body: bytes) -> Optional[str]:
-    """Return the body as text if it is JSON in UTF-8 (RFC 8259), without a BOM; else None."""
-    try:
-        text = body.decode("utf-8-sig")
-        stripped = text.strip(" \t\r\n")
-        return text if _VALIDATOR.raw_decode(stripped)[1] == len(stripped) else None
-    except (ValueError, RecursionError):
-        return None
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def find_repeated(names: Iterable[str]) -> list[str]:
@@ -439,7 +434,7 @@ def find_repeated(names: Iterable[str]) -> list[str]:
 def parse_json(text: str) -> tuple[Any, list[str]]:
     """Parse JSON; return the value, and the keys that are repeated in one of its objects.
 
-    Numbers that Python cannot hold (10,000 digits, 1e999) become strings. Raises ValueError if the
+    Numbers that Python cannot hold (10,000 digits, 1e999) become strings. Raises ValueError: the
     text is not JSON (NaN and Infinity are not), or is nested too deeply.
     """
     repeated: list[str] = []
@@ -463,6 +458,16 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
     return value, repeated
 
 
+def json_text(body: bytes) -> Optional[str]:
+    """Return the body as text if it is JSON in UTF-8 (RFC 8259), without a BOM; else None."""
+    try:
+        text = body.decode("utf-8-sig")
+        parse_json(text)
+        return text
+    except ValueError:
+        return None
+
+
 def parse_json_object(data: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises ValueError for everything else, a repeated key included."""
     value, repeated = parse_json(data.decode())
@@ -471,16 +476,21 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
     return value
 
 
+def _escape(match: re.Match[str]) -> str:
+    """Escape what was found as JSON does, and DEL too."""
+    return json.dumps(match[0])[1:-1].replace("\x7f", "\\u007f")
+
+
 def to_ascii_line(text: str) -> str:
     """Put a JSON text on one line of ASCII; numbers, order and spelling stay."""
-    if not text.isascii():
-        text = re.sub("[^\x00-\x7f]+", lambda run: json.dumps(run[0])[1:-1], text)
-    return text.replace("\n", " ").replace("\r", " ").replace("\t", " ").replace("\x7f", "\\u007f")
+    if not text.isascii() or "\x7f" in text:
+        text = re.sub("[\x7f-\U0010ffff]+", _escape, text)
+    return text.replace("\n", " ").replace("\r", " ").replace("\t", " ")
 
 
 def escape_text(text: str) -> str:
     r"""Escape what could move a cursor, reorder text or begin a line, as JSON does: \u202e."""
-    return _UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1].replace("\x7f", "\\u007f"), text)
+    return _UNSAFE.sub(_escape, text)
 
 
 _FORMATS = (  # beginning of a body that is not JSON, and what the body seems to be
@@ -489,19 +499,13 @@ _FORMATS = (  # beginning of a body that is not JSON, and what the body seems to
     (rb"\s*<", "XML or HTML"),
     (rb"\s*[\w.%+\-\[\]]+=[^{\[]", "a form: choose JSON as the content type at the sender"),
     (rb'\s*[{\["]', "almost JSON: truncated, nested too deeply, or with NaN, comments or the like"),
+    (rb"", "plain text, or not UTF-8"),
 )
 
 
 def guess_format(body: bytes) -> str:
     """Say what a body that is not JSON seems to be, for the log."""
-    for pattern, name in _FORMATS:
-        if re.match(pattern, body):
-            return name
-    try:
-        body.decode()
-        return "plain text"
-    except UnicodeDecodeError:
-        return "not UTF-8"
+    return next(name for beginning, name in _FORMATS if re.match(beginning, body))
 
 
 # ---- HTTP message signatures (RFC 9421) -----------------------------------------------------
@@ -1200,13 +1204,6 @@ def parse_http_date(text: str) -> Optional[float]:
 
 # Types that sign a time, and the header that has it.
 SENT_AT_HEADERS = {"central": "x-central-delivery-timestamp", "new-central": "date"}
-
-
-class Verified(NamedTuple):
-    """What a verified signature says."""
-
-    token_index: int  # position of the token that matched
-    sent_at: Optional[float]  # the signed time in epoch seconds; None if it is not understood
 
 
 def check_age(
