@@ -518,8 +518,7 @@ class Item(NamedTuple):
     text: str  # canonical, without the parameters
     parameters: dict[str, Item]
 
-    def __str__(self) -> str:
-        """Serialize canonically (RFC 8941 section 4.1)."""
+    def __str__(self) -> str:  # canonical as well: RFC 8941 section 4.1
         text = self.text
         for name, item in self.parameters.items():
             text += f";{name}" if item.text == "?1" else f";{name}={item.text}"
@@ -534,6 +533,7 @@ _BARE_ITEM = (
     r"|:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?:"  # bytes: 4.2.7
     r"|\?[01]"  # a Boolean: 4.2.8
 )
+_KEY = "[a-z*][a-z0-9_.*-]*"  # 4.2.3.3
 
 
 class StructuredField:
@@ -555,10 +555,10 @@ class StructuredField:
         return match[0]
 
     def parse_dictionary(self) -> dict[str, Item]:
-        """Section 4.2.2, but a repeated key is an error (RFC 9421 section 4)."""
+        """Parse `key=member, key, ...` (4.2.2); a repeated key is an error (RFC 9421 section 4)."""
         members: dict[str, Item] = {}
         while True:
-            key = self.parse_key()
+            key = self.scan(_KEY)
             if key in members:
                 raise SignatureError(f"{key[:40]!r} is repeated in a structured field")
             if not self.scan("=?"):
@@ -573,7 +573,7 @@ class StructuredField:
             self.scan(",[ \t]*")
 
     def parse_inner_list(self) -> Item:
-        """Section 4.2.1.2."""
+        """Parse `(item item ...)` and its parameters (4.2.1.2)."""
         self.scan(r"\( *")
         items = []
         while not self.scan(r"\)?"):
@@ -582,11 +582,11 @@ class StructuredField:
         return Item(items, f"({' '.join(map(str, items))})", self.parse_parameters())
 
     def parse_item(self) -> Item:
-        """Section 4.2.3."""
+        """Parse a bare item and its parameters (4.2.3)."""
         return self.parse_bare_item()._replace(parameters=self.parse_parameters())
 
     def parse_bare_item(self) -> Item:
-        """Section 4.2.3.1. Bytes are not decoded, since they are compared in their encoded form."""
+        """Parse a string, number, token, Boolean or bytes, which stay encoded (4.2.3.1)."""
         text = self.scan(_BARE_ITEM)
         if text[0] == '"':
             return Item(re.sub(r"\\(.)", r"\1", text[1:-1]), text, {})
@@ -597,16 +597,12 @@ class StructuredField:
         return Item(int(text), str(int(text)), {})
 
     def parse_parameters(self) -> dict[str, Item]:
-        """Section 4.2.3.2: if a parameter is repeated, the last value wins."""
+        """Parse `;key=value;key...` (4.2.3.2); if a parameter is repeated, the last value wins."""
         parameters = {}
         while self.scan("(?:; *)?"):
-            key = self.parse_key()
+            key = self.scan(_KEY)
             parameters[key] = self.parse_bare_item() if self.scan("=?") else Item(None, "?1", {})
         return parameters
-
-    def parse_key(self) -> str:
-        """Section 4.2.3.3."""
-        return self.scan("[a-z*][a-z0-9_.*-]*")
 
 
 class UrlParts(NamedTuple):
@@ -631,9 +627,8 @@ def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
     Raises ValueError: it is not an http or https URL in ASCII, or has a user or a fragment.
     """
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-        raise ValueError("expected an http or https URL")
-    if not re.fullmatch(r"[\x21-\x7e]+", url) or "@" in parts.netloc or "#" in url:
+    is_ascii = re.fullmatch("https?://[!-~]+", url, re.IGNORECASE)
+    if not is_ascii or not parts.hostname or parts.port == 0 or "@" in parts.netloc or "#" in url:
         raise ValueError("expected an http or https URL in ASCII without user and fragment")
     return parts, parts.hostname
 
@@ -643,36 +638,35 @@ def format_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def without_port(authority: str) -> str:
+    """Return the host of an authority, as it is written there."""
+    return re.sub(":[0-9]*$", "", authority)
+
+
 def parse_public_url(url: Any) -> PublicUrl:
-    """Parse the URL as typed into Central.
+    """Parse the URL as typed into Central. Raises ValueError, see `split_url`.
 
     Signers differ on whether they normalize it (scheme and host in lower case, no default port,
     "/" for an empty path), and may do so in `@authority` but not in `@target-uri`.
-
-    Raises ValueError: it is not an http or https URL in ASCII, or it has a user or a fragment.
     """
-    parts, hostname = split_url(parse_text(url))
-    path = parts.path or "/"
-    authority = format_host(hostname)
-    without_port = parts.netloc
-    if parts.port == {"http": 80, "https": 443}[parts.scheme]:
-        without_port = parts.netloc.rpartition(":")[0]
-    elif parts.port:
-        authority += f":{parts.port}"
-    schemes = dict.fromkeys([url.partition(":")[0], parts.scheme])
-    netlocs = dict.fromkeys([parts.netloc, parts.netloc.lower(), without_port, authority])
-    paths = dict.fromkeys([parts.path, path])
-    targets = [f"{a}://{b}{c}" for a, b, c in itertools.product(schemes, netlocs, paths)]
-    spellings = itertools.product(targets, schemes, netlocs, paths)
-    return PublicUrl(path, tuple(UrlParts(*spelling) for spelling in spellings))
+    parts, _ = split_url(parse_text(url))
+    typed = parts.netloc
+    normalized = without_port(typed)
+    if parts.port not in (None, {"http": 80, "https": 443}[parts.scheme]):
+        normalized += f":{parts.port}"
+    schemes = [url.partition(":")[0], parts.scheme]
+    authorities = [typed, typed.lower(), normalized, normalized.lower()]
+    paths = [parts.path, parts.path or "/"]
+    urls = itertools.product(schemes, authorities, paths)
+    targets = [f"{scheme}://{authority}{path}" for scheme, authority, path in urls]
+    spellings = map(UrlParts._make, itertools.product(targets, schemes, authorities, paths))
+    return PublicUrl(paths[-1], tuple(dict.fromkeys(spellings)))  # each once, in this order
 
 
 def signature_base(request: Request, covered: Item, url: UrlParts) -> bytes:
     """Return the bytes to sign (RFC 9421 section 2.5): a line for each component, and `covered`.
 
-    Raises:
-        SignatureError: a component is missing, or not supported: `@query-param`, those of
-            responses, and all with parameters.
+    Raises SignatureError: a component is missing, has parameters, or is not supported.
     """
     query = "" if request.query is None else "?" + request.query
     # Security: scheme, authority and path are configured. Host and X-Forwarded-* are whatever the
@@ -703,18 +697,15 @@ _PARAMETERS = {"created": int, "expires": int, "nonce": str, "alg": str, "keyid"
 def check_coverage(covered: Item, now: float) -> None:
     """Check what a signature covers and claims; `now` is in epoch seconds.
 
-    Raises:
-        SignatureError: it leaves out the method, the target or a time; covers a component twice;
-            has a parameter of the wrong type or another algorithm; or has expired.
+    Raises SignatureError: it leaves out the method, the target or a time, covers a component twice
+    or too many, has a parameter of the wrong type or another algorithm, or has expired.
     """
     items = covered.value
     if not isinstance(items, list) or not all(isinstance(item.value, str) for item in items):
         raise SignatureError("a member of signature-input is not a list of strings")
-    names = [item.value for item in items]
-    if len(names) > MAX_COMPONENTS:
-        raise SignatureError(f"more than {MAX_COMPONENTS} components are covered")
-    if len(set(names)) < len(names):
-        raise SignatureError("a component is covered twice")
+    names = {item.value for item in items}
+    if len(items) > MAX_COMPONENTS or len(names) < len(items):
+        raise SignatureError(f"more than {MAX_COMPONENTS} components are covered, or one twice")
     parameters = {name: item.value for name, item in covered.parameters.items()}
     for name, value in parameters.items():
         if not isinstance(value, _PARAMETERS.get(name, object)):
@@ -725,20 +716,15 @@ def check_coverage(covered: Item, now: float) -> None:
     expires = parameters.get("expires", now)
     if expires < now:
         raise SignatureError(f"the signature expired {now - expires:.0f} s ago")
-    has_target = "@target-uri" in names or ("@authority" in names and "@path" in names)
-    if "@method" not in names or not has_target:
-        raise SignatureError(
-            "the signature does not cover @method, and @target-uri or @authority and @path"
-        )
-    if "date" not in names and "created" not in parameters:
-        raise SignatureError("the signature covers no time: neither date nor created")
+    has_target = "@target-uri" in names or {"@authority", "@path"} <= names
+    has_time = "date" in names or "created" in parameters
+    if "@method" not in names or not has_target or not has_time:
+        expected = "@method, @target-uri (or @authority and @path), and date (or created)"
+        raise SignatureError(f"the signature does not cover all of {expected}")
 
 
 def check_content_digest(request: Request) -> None:
-    """Check that each sha-256 and sha-512 of Content-Digest (RFC 9530) is that of the body.
-
-    Raises SignatureError: one is not, or there is neither.
-    """
+    """Check each sha-256 and sha-512 of Content-Digest (RFC 9530). Raises SignatureError."""
     digests = StructuredField(request.headers["content-digest"]).parse_dictionary()
     known = [name for name in ("sha-256", "sha-512") if name in digests]
     if not known:
@@ -750,10 +736,7 @@ def check_content_digest(request: Request) -> None:
 
 
 def hmac_keys(token: str) -> list[bytes]:
-    """Return the keys that a token may stand for: its text, and its bytes if it is hexadecimal.
-
-    The vendor's documentation does not say which of both new Central uses.
-    """
+    """Return the keys that a token may stand for: the vendor does not say if hex is decoded."""
     keys = [token.encode()]
     if re.fullmatch(r"(?:[0-9a-fA-F]{2})+", token):
         keys.append(bytes.fromhex(token))
@@ -765,26 +748,23 @@ def sign_base(key: bytes, base: bytes) -> bytes:
     return b":%b:" % base64.b64encode(hmac.digest(key, base, "sha256"))
 
 
-def is_message_signature(received: bytes, keys: Sequence[bytes], bases: Iterable[bytes]) -> bool:
+def is_message_signature(received: bytes, keys: Iterable[bytes], bases: Iterable[bytes]) -> bool:
     """Return True if `received` is the signature of one of the bases with one of the keys."""
-    expected = [sign_base(key, base) for base in bases for key in keys]
-    return any([hmac.compare_digest(signature, received) for signature in expected])
+    pairs = itertools.product(keys, bases)
+    return is_any_equal([sign_base(key, base) for key, base in pairs], [received])
 
 
 def parse_message_signatures(request: Request) -> list[tuple[Item, bytes]]:
     """Return what each signature of a request covers, and the signature in its encoded form.
 
-    Labels that are in only one of `signature-input` and `signature` are passed over.
-
-    Raises SignatureError: a header is missing, malformed or too long, or there are too many labels.
+    Raises SignatureError: a header is missing, malformed or too long, or has too many labels.
     """
     fields = []
     for name in ("signature-input", "signature"):
         text = request.headers.get(name, "")
-        if not text:
-            raise SignatureError(f"{name} is missing or empty")
-        if len(text) > MAX_SIGNATURE_FIELD_BYTES:
-            raise SignatureError(f"{name} is above {MAX_SIGNATURE_FIELD_BYTES} bytes")
+        if not text or len(text) > MAX_SIGNATURE_FIELD_BYTES:
+            problem = f"missing, empty or above {MAX_SIGNATURE_FIELD_BYTES} bytes"
+            raise SignatureError(f"{name} is {problem}")
         fields.append(StructuredField(text).parse_dictionary())
         if len(fields[-1]) > MAX_LABELS:
             raise SignatureError(f"{name} has more than {MAX_LABELS} labels")
@@ -804,24 +784,21 @@ def verify_message_signature(
     the method, the URL and the time. It proves nothing of the body unless the signature covers
     content-digest.
 
-    Raises:
-        SignatureError: no signature is good; then why the last one is not.
+    Raises SignatureError: no signature is good; then why the last one is not.
     """
     failure = SignatureError("no signature was tried")
     for covered, received in parse_message_signatures(request):
         try:
             check_coverage(covered, now)
             bases = {signature_base(request, covered, spelling) for spelling in url.spellings}
-            for index, token in enumerate(tokens):
-                if not is_message_signature(received, hmac_keys(token), bases):
-                    continue
-                if any(item.value == "content-digest" for item in covered.value):
-                    check_content_digest(request)
-                created = covered.parameters.get("created")
-                if created:
-                    return Verified(index, created.value)
-                return Verified(index, parse_http_date(request.headers["date"]))
-            raise SignatureError("signature does not match")
+            matches = [is_message_signature(received, hmac_keys(token), bases) for token in tokens]
+            if not any(matches):
+                raise SignatureError("signature does not match")
+            if any(item.value == "content-digest" for item in covered.value):
+                check_content_digest(request)
+            created = covered.parameters.get("created")
+            sent_at = created.value if created else parse_http_date(request.headers["date"])
+            return Verified(matches.index(True), sent_at)
         except SignatureError as error:  # a bad one beside a good one does no harm: section 7.2.6
             failure = error
     raise failure
@@ -839,44 +816,38 @@ def diagnose_message_signature(
         signatures = parse_message_signatures(request)
     except SignatureError:
         return ""
-    usual = url.spellings
-    scheme, authority = usual[-1].scheme, usual[-1].authority
+    usual, _, _, path = url.spellings[0]
+    _, scheme, authority, _ = url.spellings[-1]
     host = request.headers.get("host", "")
-    host_name, public_name = (re.sub(":[0-9]*$", "", name) for name in (host, authority))
-
-    def respell(scheme: str, authority: str) -> list[UrlParts]:
-        paths = {parts.path for parts in usual}
-        return [UrlParts(f"{scheme}://{authority}{p}", scheme, authority, p) for p in paths]
-
-    lower = replace(request, method=request.method.lower())
-    last = b'\n"@signature-params": '
-    bare = b'\n"signature-params": '
     keys = [key for token in tokens for key in hmac_keys(token)]
     decoded = []
     for token in tokens:
         with contextlib.suppress(ValueError):
             decoded.append(base64.b64decode(token, validate=True))
-    deviations = [  # request, URL, start of the last line (b"": there is none), keys
-        ("the method in lower case", lower, usual, last, keys),
-        ('"signature-params" without @', request, usual, bare, keys),
-        ('the method in lower case and "signature-params" without @', lower, usual, bare, keys),
-        ('no line "@signature-params"', request, usual, b"", keys),
-        ("http instead of https", request, respell("http", authority), last, keys),
-        ("the received Host as authority", request, respell(scheme, host), last, keys),
-        ("the received Host without its port", request, respell(scheme, host_name), last, keys),
-        ("the token decoded from base64", request, usual, last, decoded),
+    post = (b'"@method": POST', b'"@method": post')
+    bare = (b'\n"@signature-params": ', b'\n"signature-params": ')
+    none = (b'\n"@signature-params": .*', b"")
+    deviations = [  # name, URL, what is replaced in the base (patterns), keys
+        ("the method in lower case", usual, [post], keys),
+        ('"signature-params" without @', usual, [bare], keys),
+        ('the method in lower case and "signature-params" without @', usual, [post, bare], keys),
+        ('no line "@signature-params"', usual, [none], keys),
+        ("http instead of https", f"http://{authority}{path}", [], keys),
+        ("the received Host as authority", f"{scheme}://{host}{path}", [], keys),
+        ("the received Host without its port", f"{scheme}://{without_port(host)}{path}", [], keys),
+        ("the token decoded from base64", usual, [], decoded),
     ]
     for covered, received in signatures:
-        with contextlib.suppress(SignatureError):
-            check_coverage(covered, now)
-            for name, variant, spellings, start, variant_keys in deviations:
-                bases = []
-                for parts in spellings:
-                    lines, _, end = signature_base(variant, covered, parts).partition(last)
-                    bases.append(lines + start + end if start else lines)
-                if is_message_signature(received, variant_keys, bases):
+        for name, text, replacements, tried_keys in deviations:
+            with contextlib.suppress(SignatureError, ValueError):  # ValueError: Host is malformed
+                check_coverage(covered, now)
+                spellings = parse_public_url(text).spellings
+                bases = {signature_base(request, covered, spelling) for spelling in spellings}
+                for pattern, replacement in replacements:
+                    bases = {re.sub(pattern, replacement, base) for base in bases}
+                if is_message_signature(received, tried_keys, bases):
                     return f"would match with {name}"
-    if host and host_name.lower() != public_name:
+    if host and without_port(host).lower() != without_port(authority):
         return f"Host is '{escape_text(host[:80])}', but public_url says '{authority}'"
     return ""
 
