@@ -622,10 +622,7 @@ class PublicUrl(NamedTuple):
 
 
 def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
-    """Split an absolute URL; return its host in lower case as well.
-
-    Raises ValueError: it is not an http or https URL in ASCII, or has a user or a fragment.
-    """
+    """Split an http or https URL; return its host in lower case as well. Raises ValueError."""
     parts = urllib.parse.urlsplit(url)
     is_ascii = re.fullmatch("https?://[!-~]+", url, re.IGNORECASE)
     if not is_ascii or not parts.hostname or parts.port == 0 or "@" in parts.netloc or "#" in url:
@@ -664,10 +661,7 @@ def parse_public_url(url: Any) -> PublicUrl:
 
 
 def signature_base(request: Request, covered: Item, url: UrlParts) -> bytes:
-    """Return the bytes to sign (RFC 9421 section 2.5): a line for each component, and `covered`.
-
-    Raises SignatureError: a component is missing, has parameters, or is not supported.
-    """
+    """Return the bytes to sign (RFC 9421 section 2.5): a line for each component, and `covered`."""
     query = "" if request.query is None else "?" + request.query
     # Security: scheme, authority and path are configured. Host and X-Forwarded-* are whatever the
     # sender writes, so a signature made for another receiver would pass.
@@ -695,11 +689,7 @@ _PARAMETERS = {"created": int, "expires": int, "nonce": str, "alg": str, "keyid"
 
 
 def check_coverage(covered: Item, now: float) -> None:
-    """Check what a signature covers and claims; `now` is in epoch seconds.
-
-    Raises SignatureError: it leaves out the method, the target or a time, covers a component twice
-    or too many, has a parameter of the wrong type or another algorithm, or has expired.
-    """
+    """Check what a signature covers and claims, at epoch seconds `now`. Raises SignatureError."""
     items = covered.value
     if not isinstance(items, list) or not all(isinstance(item.value, str) for item in items):
         raise SignatureError("a member of signature-input is not a list of strings")
@@ -755,10 +745,7 @@ def is_message_signature(received: bytes, keys: Iterable[bytes], bases: Iterable
 
 
 def parse_message_signatures(request: Request) -> list[tuple[Item, bytes]]:
-    """Return what each signature of a request covers, and the signature in its encoded form.
-
-    Raises SignatureError: a header is missing, malformed or too long, or has too many labels.
-    """
+    """Return what each signature covers, and the signature as encoded. Raises SignatureError."""
     fields = []
     for name in ("signature-input", "signature"):
         text = request.headers.get(name, "")
@@ -889,10 +876,7 @@ def decode_base64url(text: str) -> bytes:
 
 
 def is_rsa_signature(signed: bytes, signature: bytes, algorithm: str, key: RsaKey) -> bool:
-    """Return True if `signature` is that of `key` over `signed`.
-
-    The scheme is RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.2).
-    """
+    """Return True if `signature` is that of `key` over `signed` (RFC 8017 section 8.2.2)."""
     digest_name, prefix = RSA_ALGORITHMS[algorithm]
     size = (key.n.bit_length() + 7) // 8
     number = int.from_bytes(signature, "big")
@@ -906,10 +890,7 @@ def is_rsa_signature(signed: bytes, signature: bytes, algorithm: str, key: RsaKe
 
 
 def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
-    """Return the RSA keys of a JWK set (RFC 7517) that may verify and are safe to use.
-
-    Raises ValueError: it is not a JWK set.
-    """
+    """Return the RSA keys of a JWK set (RFC 7517) that may verify and are safe; or ValueError."""
     if not isinstance(jwks.get("keys"), list):
         raise ValueError("expected a JWK set")
     keys = []
@@ -919,13 +900,12 @@ def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
         operations = jwk.get("key_ops", ["verify"])  # section 4.3
         if not isinstance(operations, list) or "verify" not in operations:
             continue
-        try:
+        with contextlib.suppress(ValueError):
             n = int.from_bytes(decode_base64url(str(jwk.get("n", ""))), "big")
             e = int.from_bytes(decode_base64url(str(jwk.get("e", ""))), "big")
-        except ValueError:
-            continue
-        if MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS and n % 2 and e % 2 and 3 <= e < 2**64:
-            keys.append(RsaKey(jwk.get("kid"), str(jwk.get("alg") or ""), n, e))
+            is_safe_size = MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS
+            if is_safe_size and n % 2 and e % 2 and 3 <= e < 2**64:
+                keys.append(RsaKey(jwk.get("kid"), str(jwk.get("alg") or ""), n, e))
     return keys
 
 
@@ -941,18 +921,16 @@ def verify_access_token(
     `now` is in epoch seconds. A normal return proves that the provider issued the token, for us,
     and that it is valid now. It does not prove that its sender sent this delivery.
 
-    Raises:
-        Refusal: the token is missing, malformed, not signed by the provider, not for us or not
-            valid now; and what `signing_keys` raises.
+    Raises Refusal: the token is missing, malformed, not signed by the provider, not for us or not
+    valid now; and what `signing_keys` raises.
     """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    parts = token.lstrip(" ").split(".")
+    signed, _, encoded_signature = token.lstrip(" ").rpartition(".")
     try:
-        if scheme.lower() != "bearer" or len(parts) != 3 or "authorization" in request.repeated:
+        if scheme.lower() != "bearer" or "authorization" in request.repeated:
             raise ValueError
-        header = parse_json_object(decode_base64url(parts[0]))
-        claims = parse_json_object(decode_base64url(parts[1]))
-        signature = decode_base64url(parts[2])
+        header, claims = [parse_json_object(decode_base64url(part)) for part in signed.split(".")]
+        signature = decode_base64url(encoded_signature)
     except ValueError:
         raise Refusal("oidc", "authorization is missing, repeated or not a bearer JWT") from None
     # Security: the algorithm is one of ours, whatever the token says: "none" and HS256 with the
@@ -960,50 +938,46 @@ def verify_access_token(
     # provider alone, never from the jku, x5u or jwk of the token.
     algorithm = header.get("alg")
     if not isinstance(algorithm, str) or algorithm not in RSA_ALGORITHMS:
-        shown = describe_claim(algorithm)
-        raise Refusal("oidc", f"the access token's alg is {shown}, expected RS256, RS384 or RS512")
+        found = describe_claim(algorithm)
+        raise Refusal("oidc", f"the access token's alg is {found}, expected RS256, RS384 or RS512")
     if "crit" in header or not isinstance(header.get("kid", ""), str):
         raise Refusal("oidc", "the access token has crit, or a kid that is not a string")
     kid = header.get("kid")
     issuer, keys = signing_keys(kid, algorithm)
     if not keys:
-        shown = describe_claim(kid)
-        raise Refusal("oidc", f"unknown kid: the provider has no {algorithm} key with kid {shown}")
+        found = describe_claim(kid)
+        raise Refusal("oidc", f"unknown kid: the provider has no {algorithm} key with kid {found}")
     if len(keys) > MAX_KEYS_TRIED:
-        raise Refusal(
-            "oidc", f"{len(keys)} keys fit the access token, expected at most {MAX_KEYS_TRIED}"
-        )
-    signed = f"{parts[0]}.{parts[1]}".encode()
-    if not any(is_rsa_signature(signed, signature, algorithm, key) for key in keys):
+        problem = f"{len(keys)} keys fit the access token, expected at most {MAX_KEYS_TRIED}"
+        raise Refusal("oidc", problem)
+    if not any(is_rsa_signature(signed.encode(), signature, algorithm, key) for key in keys):
         raise Refusal("oidc", f"the access token's signature matches none of {len(keys)} keys")
     check_claims(claims, oidc, oidc.issuer or issuer, now)
 
 
 def check_claims(claims: dict[str, Any], oidc: Oidc, issuer: str, now: float) -> None:
-    """Check times, issuer, audience and client of a verified token (RFC 7519 section 4.1).
-
-    Raises Refusal: one of them is missing or not as expected.
-    """
-    for name, default in (("exp", None), ("nbf", now)):
-        value = claims.get(name, default)
+    """Check the times, issuer, audience and client of a verified token. Raises Refusal."""
+    times: dict[str, Any] = {"exp": claims.get("exp"), "nbf": claims.get("nbf", now)}
+    for name, value in times.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e12:
             raise Refusal("oidc", f"the access token's {name} is missing or not a time")
-        seconds = now - value if name == "exp" else value - now
-        if seconds > ACCESS_TOKEN_LEEWAY_SECONDS:
-            raise Refusal("oidc", f"the access token's {name} is off by {seconds:.0f} s")
+    if now - times["exp"] > ACCESS_TOKEN_LEEWAY_SECONDS:
+        raise Refusal("oidc", f"the access token's exp was {now - times['exp']:.0f} s ago")
+    if times["nbf"] - now > ACCESS_TOKEN_LEEWAY_SECONDS:
+        raise Refusal("oidc", f"the access token's nbf is {times['nbf'] - now:.0f} s ahead")
     audience = claims.get("aud")
     audiences = audience if isinstance(audience, list) else [audience]
     client_names = ("azp", "client_id", "appid", "cid")  # Keycloak, RFC 9068, Entra ID, Okta
     clients = [claims[name] for name in client_names if name in claims]
-    rules = [
+    rules = [  # name, what was found, its values, which of them is expected (None: any)
         ("iss (issuer)", claims.get("iss"), [claims.get("iss")], issuer),
         ("aud (audience)", audience, audiences, oidc.audience),
         ("client", clients, clients, oidc.client_id),
     ]
-    for name, found, values, expected in rules:
+    for name, claim, values, expected in rules:
         if expected is not None and expected not in values:
-            shown = describe_claim(found)
-            raise Refusal("oidc", f"the access token's {name} is {shown}, expected {expected!r}")
+            found = describe_claim(claim)
+            raise Refusal("oidc", f"the access token's {name} is {found}, expected {expected!r}")
 
 
 def describe_claim(value: Any) -> str:
@@ -1026,19 +1000,13 @@ class JwksClient:
     def signing_keys(self, kid: Optional[str], algorithm: str) -> tuple[str, list[RsaKey]]:
         """Return the issuer, and the keys that a token with this kid and algorithm may have.
 
-        Fetches them if none matches or they are old, but at most once in twice PROVIDER_SECONDS,
-        failures included. Callers whose key is known do not wait for another thread's refresh.
-
-        Raises Refusal: the keys were never obtained.
+        A caller whose key is known does not wait for another thread's refresh. Raises Refusal: no
+        keys were ever obtained.
         """
-        if self.lock.acquire(blocking=not self._matching(kid, algorithm)):
+        is_known = bool(self._matching(kid, algorithm))
+        if self.lock.acquire(blocking=not is_known):
             try:
-                now = time.monotonic()
-                is_old = now - self.answered > PROVIDER_KEYS_SECONDS
-                is_allowed = now - self.asked >= 2 * PROVIDER_SECONDS
-                if is_allowed and (is_old or not self._matching(kid, algorithm)):
-                    self.asked = now
-                    self._refresh()
+                self._refresh_if_due(kid, algorithm)
             finally:
                 self.lock.release()
         if self.keys is None:
@@ -1050,17 +1018,21 @@ class JwksClient:
         known = [key for key in self.keys or () if key.algorithm in ("", algorithm)]
         return [key for key in known if kid in (None, key.kid)]
 
-    def _refresh(self) -> None:
-        """Fetch the discovery document and the keys that it names; log a failure."""
+    def _refresh_if_due(self, kid: Optional[str], algorithm: str) -> None:
+        """Fetch the keys if none matches or they are old, but not too often; log a failure."""
+        now = time.monotonic()
+        is_old = now - self.answered > PROVIDER_KEYS_SECONDS
+        is_too_soon = now - self.asked < 2 * PROVIDER_SECONDS
+        if is_too_soon or (self._matching(kid, algorithm) and not is_old):
+            return
+        self.asked = now
         try:
             document = self._fetch(self.oidc.well_known_url)
-            issuer = document.get("issuer")
             try:
+                issuer = parse_text(document.get("issuer"))
                 url = parse_provider_url(document.get("jwks_uri"))
             except ValueError:
-                raise ValueError("the discovery document has no jwks_uri over https") from None
-            if not isinstance(issuer, str):
-                raise ValueError("the discovery document has no issuer")
+                raise ValueError("the document has no issuer, or no jwks_uri over https") from None
             self.keys = parse_rsa_keys(self._fetch(url))
             self.issuer = issuer
             self.answered = time.monotonic()
@@ -1073,8 +1045,9 @@ class JwksClient:
         """Fetch a JSON object. Raises what `http_request` raises, and ValueError."""
         status, data = http_request("GET", url, {"Accept": JSON}, None, PROVIDER_SECONDS / 2)
         if status != 200 or len(data) > MAX_ANSWER_BYTES:
-            limit = f"200 and at most {MAX_ANSWER_BYTES}"
-            raise ValueError(f"status {status} and {len(data)} bytes, expected {limit}")
+            raise ValueError(
+                f"status {status}, {len(data)} bytes: expected 200, {MAX_ANSWER_BYTES}"
+            )
         return parse_json_object(data)
 
 
@@ -1086,9 +1059,7 @@ def http_request(
     Returns within `seconds`. Redirects are not followed. Proxies are those of the environment
     (HTTPS_PROXY, NO_PROXY), but a loopback address is never reached through one.
 
-    Raises:
-        OSError, ValueError, http.client.HTTPException: no complete answer arrived in time.
-        RuntimeError: no thread can be started.
+    Raises OSError, ValueError, http.client.HTTPException, RuntimeError: no complete answer arrived.
     """
     _, host = split_url(url)
     headers = {"User-Agent": f"{PROGRAM}/{VERSION}", **headers}
@@ -1100,8 +1071,8 @@ def http_request(
     if not is_loopback(host):
         opener.add_handler(urllib.request.ProxyHandler())
     deadline = time.monotonic() + seconds
-    late = TimeoutError(f"no whole answer within {seconds:g} s")
-    answers: list[Any] = []
+    timeout_error = TimeoutError(f"no whole answer within {seconds:g} s")
+    results: list[Any] = [timeout_error]  # then what the thread adds
 
     def run() -> None:
         try:
@@ -1109,20 +1080,21 @@ def http_request(
                 data = piece = answer.read1(MAX_ANSWER_BYTES + 1)
                 while piece and len(data) <= MAX_ANSWER_BYTES:
                     if time.monotonic() > deadline:
-                        raise late
+                        raise timeout_error
                     piece = answer.read1(MAX_ANSWER_BYTES + 1 - len(data))
                     data += piece
-                answers.append((answer.status, data))
+                results.append((answer.status, data))
+        except urllib.error.URLError as error:
+            results.append(error.reason if isinstance(error.reason, OSError) else error)
         except Exception as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            answers.append(reason if isinstance(reason, OSError) else error)
+            results.append(error)
 
     # In a thread, since the look-up of a host has no timeout, and the timeout of a socket begins
     # anew with each byte: a server that drips its header would not end.
     thread = threading.Thread(target=run, name="http_request", daemon=True)
     thread.start()
     thread.join(seconds)
-    result = answers[0] if answers else late
+    result = results[-1]
     if isinstance(result, Exception):
         raise result
     status, data = result
@@ -1142,9 +1114,8 @@ _EPOCH = re.compile(r"[0-9]{9,11}(?:\.[0-9]{1,9})?|[0-9]{12,20}")
 def parse_timestamp(text: str) -> Optional[float]:
     """Return the epoch seconds of the time that a sender signed, None if it is not understood.
 
-    Central documents ISO 8601 with an offset. A fraction, `Z`, no offset (UTC), an HTTP-date, Go's
-    `2016-07-12 13:14:19 +0000 UTC` and epoch s, ms, us and ns are understood too, since nobody has
-    published what is on the wire.
+    Central documents ISO 8601 with an offset, but nobody has published what is on the wire: no
+    offset (UTC), HTTP-dates, Go's `2016-07-12 13:14:19 +0000 UTC` and epochs are understood too.
     """
     if _EPOCH.fullmatch(text):
         digits = len(text.partition(".")[0])  # s have 9 to 11, ms 12 to 14, us 15 to 17, ns more
@@ -1182,22 +1153,19 @@ def check_age(
 ) -> None:
     """Check that a delivery was sent at most `window_seconds` ago; 0 switches the check off.
 
-    Times are in epoch seconds; `signed_time` is what the sender wrote, for the log. Raises Refusal
-    if it is older, too far in the future, or not understood.
+    Times are in epoch seconds; `signed_time` is what the sender wrote. Raises Refusal.
     """
     if not window_seconds:
         return
     if sent_at is None:
         advice = '"replay_window_hours": 0 accepts any time'
         raise Refusal("stale", f"its time {signed_time[:80]!r} is not understood; {advice}")
-    hours = (now - sent_at) / 3600
-    if now - sent_at > window_seconds:
-        allowed = window_seconds / 3600
-        raise Refusal(
-            "stale", f"sent {hours:.1f} hours ago, allowed are {allowed:g}: is a clock wrong?"
-        )
-    if sent_at - now > MAX_FUTURE_SECONDS:
-        raise Refusal("stale", f"sent {-60 * hours:.0f} minutes in the future: is a clock wrong?")
+    age = now - sent_at
+    if age > window_seconds:
+        allowed = f"allowed are {window_seconds / 3600:g}"
+        raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, {allowed}: is a clock wrong?")
+    if -age > MAX_FUTURE_SECONDS:
+        raise Refusal("stale", f"sent {-age / 60:.0f} minutes in the future: is a clock wrong?")
 
 
 DedupKeys = tuple[bytes, ...]  # each identifies a delivery; empty: the type has none
@@ -1236,10 +1204,7 @@ class ReplayCache:
         self.reserved: set[bytes] = set()
 
     def reserve(self, keys: DedupKeys) -> bool:
-        """Reserve the keys of a delivery that is about to be stored; False if it is a duplicate.
-
-        Raises Refusal if the same delivery is being stored at this moment.
-        """
+        """Reserve the keys of a delivery that is about to be stored; False if it is a duplicate."""
         with self.lock:
             if not self.accepted.isdisjoint(keys):
                 return False
@@ -1257,10 +1222,9 @@ class ReplayCache:
         """Remember a delivery that was stored."""
         with self.lock:
             self.reserved.difference_update(keys)
-            if not keys or not self.accepted.isdisjoint(keys):
-                return
-            self.accepted.update(keys)
-            self.order.append(keys)
+            if keys and self.accepted.isdisjoint(keys):
+                self.accepted.update(keys)
+                self.order.append(keys)
             if len(self.order) > REMEMBERED_DELIVERIES:
                 self.accepted.difference_update(self.order.popleft())
 
@@ -1273,8 +1237,9 @@ class ReplayCache:
             return len(self.order) < REMEMBERED_DELIVERIES
 
 
-_LOG_LINE = re.compile(
-    rb'\{"received_at": "([^"]*)", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}\r?'
+_LOG_LINE = re.compile(  # when, which webhook, its dedup keys
+    rb'\{"received_at": "([^"]*)", "webhook": ("(?:[^"\\]|\\.)*"), .*'
+    rb'"key": "([0-9a-f]{32}(?:\.[0-9a-f]{32})*)"\}\r?'
 )
 
 
@@ -1296,9 +1261,8 @@ def restore_replay_caches(
 ) -> None:
     """Restore replay caches, by name of their webhook, from the end of a log.
 
-    Reads until all of them are full, or (unless `window_seconds` is 0) the lines are older than
-    any delivery that would be accepted, but at most 4 * REMEMBERED_DELIVERIES lines, which takes
-    about a second. Raises OutputError if the log cannot be read.
+    Reads until all are full, the lines are older than what would be accepted (unless the window is
+    0), or 4 * REMEMBERED_DELIVERIES lines are read (about a second). Raises OutputError.
     """
     wanted = {json.dumps(name).encode(): cache for name, cache in caches.items()}
     oldest = b""
@@ -1311,9 +1275,7 @@ def restore_replay_caches(
             if match and match[1] < oldest:
                 break
             has_lines = has_lines or bool(line)
-            if not match:
-                continue
-            with contextlib.suppress(KeyError, ValueError):  # another webhook; not hexadecimal
+            if match and match[2] in wanted:
                 keys = tuple(bytes.fromhex(part) for part in match[3].decode().split("."))
                 if not wanted[match[2]].restore(keys):
                     del wanted[match[2]]
