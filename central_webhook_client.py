@@ -516,7 +516,7 @@ class Item(NamedTuple):
 
     value: Any  # an int, a str, or the items of an inner list; None: another type
     text: str  # canonical, without the parameters
-    parameters: dict[str, Item]
+    parameters: Mapping[str, Item] = {}
 
     def __str__(self) -> str:  # canonical as well: RFC 8941 section 4.1
         text = self.text
@@ -562,47 +562,44 @@ class StructuredField:
             if key in members:
                 raise SignatureError(f"{key[:40]!r} is repeated in a structured field")
             if not self.scan("=?"):
-                members[key] = Item(None, "?1", self.parse_parameters())
+                member = Item(None, "?1")
             elif self.text.startswith("(", self.position):
-                members[key] = self.parse_inner_list()
+                member = self.parse_inner_list()
             else:
-                members[key] = self.parse_item()
+                member = self.parse_bare_item()
+            members[key] = self.add_parameters(member)
             self.scan("[ \t]*")
             if self.position == len(self.text):
                 return members
             self.scan(",[ \t]*")
 
     def parse_inner_list(self) -> Item:
-        """Parse `(item item ...)` and its parameters (4.2.1.2)."""
+        """Parse `(item item ...)` (4.2.1.2)."""
         self.scan(r"\( *")
         items = []
         while not self.scan(r"\)?"):
-            items.append(self.parse_item())
+            items.append(self.add_parameters(self.parse_bare_item()))
             self.scan(r" +|(?=\))")
-        return Item(items, f"({' '.join(map(str, items))})", self.parse_parameters())
-
-    def parse_item(self) -> Item:
-        """Parse a bare item and its parameters (4.2.3)."""
-        return self.parse_bare_item()._replace(parameters=self.parse_parameters())
+        return Item(items, f"({' '.join(map(str, items))})")
 
     def parse_bare_item(self) -> Item:
         """Parse a string, number, token, Boolean or bytes, which stay encoded (4.2.3.1)."""
         text = self.scan(_BARE_ITEM)
         if text[0] == '"':
-            return Item(re.sub(r"\\(.)", r"\1", text[1:-1]), text, {})
+            return Item(re.sub(r"\\(.)", r"\1", text[1:-1]), text)
         if text[0] not in "-0123456789":
-            return Item(None, text, {})
+            return Item(None, text)
         if "." in text:
-            return Item(None, str(float(text) or 0.0), {})  # exact: it has at most 15 digits
-        return Item(int(text), str(int(text)), {})
+            return Item(None, str(float(text) or 0.0))  # exact: it has at most 15 digits
+        return Item(int(text), str(int(text)))
 
-    def parse_parameters(self) -> dict[str, Item]:
+    def add_parameters(self, item: Item) -> Item:
         """Parse `;key=value;key...` (4.2.3.2); if a parameter is repeated, the last value wins."""
         parameters = {}
         while self.scan("(?:; *)?"):
             key = self.scan(_KEY)
-            parameters[key] = self.parse_bare_item() if self.scan("=?") else Item(None, "?1", {})
-        return parameters
+            parameters[key] = self.parse_bare_item() if self.scan("=?") else Item(None, "?1")
+        return item._replace(parameters=parameters)
 
 
 class UrlParts(NamedTuple):
@@ -1123,16 +1120,13 @@ def parse_timestamp(text: str) -> Optional[float]:
     match = _ISO_8601.fullmatch(text)
     if not match:
         return parse_http_date(text)
-    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
+    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("00")
+    offset = f"{sign}{hours}:{minutes}" if sign in ("+", "-") else "+00:00"
     try:
-        start = datetime(int(year), int(month), int(day), tzinfo=timezone.utc).timestamp()
+        start = datetime.fromisoformat(f"{year}-{month}-{day}T{hour}:{minute}{offset}")
     except ValueError:
         return None
-    offset = int(hours) * 3600 + int(minutes) * 60
-    if sign == "-":
-        offset = -offset
-    seconds = int(hour) * 3600 + int(minute) * 60 + int(second)
-    return start + seconds + float("0." + fraction) - offset
+    return start.timestamp() + int(second) + float("0." + fraction)
 
 
 def parse_http_date(text: str) -> Optional[float]:
