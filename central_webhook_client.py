@@ -749,13 +749,12 @@ def parse_message_signatures(request: Request) -> list[tuple[Item, bytes]]:
         if not text or len(text) > MAX_SIGNATURE_FIELD_BYTES:
             problem = f"missing, empty or above {MAX_SIGNATURE_FIELD_BYTES} bytes"
             raise SignatureError(f"{name} is {problem}")
-        fields.append(StructuredField(text).parse_dictionary())
-        if len(fields[-1]) > MAX_LABELS:
+        members = StructuredField(text).parse_dictionary()
+        if len(members) > MAX_LABELS:
             raise SignatureError(f"{name} has more than {MAX_LABELS} labels")
+        fields.append(members)
     inputs, signatures = fields
     labels = [label for label in inputs if label in signatures]
-    if not labels:
-        raise SignatureError("no label is in both signature-input and signature")
     return [(inputs[label], signatures[label].text.encode()) for label in labels]
 
 
@@ -770,7 +769,7 @@ def verify_message_signature(
 
     Raises SignatureError: no signature is good; then why the last one is not.
     """
-    failure = SignatureError("no signature was tried")
+    failure = SignatureError("no label is in both signature-input and signature")
     for covered, received in parse_message_signatures(request):
         try:
             check_coverage(covered, now)
@@ -887,7 +886,7 @@ def is_rsa_signature(signed: bytes, signature: bytes, algorithm: str, key: RsaKe
 
 
 def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
-    """Return the RSA keys of a JWK set (RFC 7517) that may verify and are safe; or ValueError."""
+    """Return the safe RSA keys of a JWK set (RFC 7517) that may verify. Raises ValueError."""
     if not isinstance(jwks.get("keys"), list):
         raise ValueError("expected a JWK set")
     keys = []
@@ -926,7 +925,9 @@ def verify_access_token(
     try:
         if scheme.lower() != "bearer" or "authorization" in request.repeated:
             raise ValueError
-        header, claims = [parse_json_object(decode_base64url(part)) for part in signed.split(".")]
+        encoded_header, encoded_claims = signed.split(".")
+        header = parse_json_object(decode_base64url(encoded_header))
+        claims = parse_json_object(decode_base64url(encoded_claims))
         signature = decode_base64url(encoded_signature)
     except ValueError:
         raise Refusal("oidc", "authorization is missing, repeated or not a bearer JWT") from None
