@@ -567,7 +567,7 @@ class StructuredField:
                 member = self.parse_inner_list()
             else:
                 member = self.parse_bare_item()
-            members[key] = self.add_parameters(member)
+            members[key] = self.parse_parameters(member)
             self.scan("[ \t]*")
             if self.position == len(self.text):
                 return members
@@ -578,7 +578,7 @@ class StructuredField:
         self.scan(r"\( *")
         items = []
         while not self.scan(r"\)?"):
-            items.append(self.add_parameters(self.parse_bare_item()))
+            items.append(self.parse_parameters(self.parse_bare_item()))
             self.scan(r" +|(?=\))")
         return Item(items, f"({' '.join(map(str, items))})")
 
@@ -593,8 +593,8 @@ class StructuredField:
             return Item(None, str(float(text) or 0.0))  # exact: it has at most 15 digits
         return Item(int(text), str(int(text)))
 
-    def add_parameters(self, item: Item) -> Item:
-        """Parse `;key=value;key...` (4.2.3.2); if a parameter is repeated, the last value wins."""
+    def parse_parameters(self, item: Item) -> Item:
+        """Parse `;key=value;key...` of an item (4.2.3.2); if a key is repeated, the last wins."""
         parameters = {}
         while self.scan("(?:; *)?"):
             key = self.scan(_KEY)
@@ -807,14 +807,14 @@ def diagnose_message_signature(
     for token in tokens:
         with contextlib.suppress(ValueError):
             decoded.append(base64.b64decode(token, validate=True))
-    post = (b'"@method": POST', b'"@method": post')
-    bare = (b'\n"@signature-params": ', b'\n"signature-params": ')
-    none = (b'\n"@signature-params": .*', b"")
-    deviations = [  # name, URL, what is replaced in the base (patterns), keys
-        ("the method in lower case", usual, [post], keys),
-        ('"signature-params" without @', usual, [bare], keys),
-        ('the method in lower case and "signature-params" without @', usual, [post, bare], keys),
-        ('no line "@signature-params"', usual, [none], keys),
+    lower = (b'"@method": POST', b'"@method": post')
+    no_at = (b'\n"@signature-params": ', b'\n"signature-params": ')
+    no_end = (b'\n"@signature-params": .*', b"")
+    deviations = [  # name, URL, what to replace in the signature base, keys
+        ("the method in lower case", usual, [lower], keys),
+        ('"signature-params" without @', usual, [no_at], keys),
+        ('the method in lower case and "signature-params" without @', usual, [lower, no_at], keys),
+        ('no line "@signature-params"', usual, [no_end], keys),
         ("http instead of https", f"http://{authority}{path}", [], keys),
         ("the received Host as authority", f"{scheme}://{host}{path}", [], keys),
         ("the received Host without its port", f"{scheme}://{without_port(host)}{path}", [], keys),
@@ -1070,33 +1070,31 @@ def http_request(
         opener.add_handler(urllib.request.ProxyHandler())
     deadline = time.monotonic() + seconds
     timeout_error = TimeoutError(f"no whole answer within {seconds:g} s")
-    results: list[Any] = [timeout_error]  # then what the thread adds
+    answers: list[tuple[int, bytes]] = []
+    errors: list[Exception] = [timeout_error]  # then that of the thread
 
     def run() -> None:
         try:
             with opener.open(request, timeout=seconds) as answer:
-                data = piece = answer.read1(MAX_ANSWER_BYTES + 1)
-                while piece and len(data) <= MAX_ANSWER_BYTES:
+                data = b""
+                while piece := answer.read1(MAX_ANSWER_BYTES + 1 - len(data)):
+                    data += piece
                     if time.monotonic() > deadline:
                         raise timeout_error
-                    piece = answer.read1(MAX_ANSWER_BYTES + 1 - len(data))
-                    data += piece
-                results.append((answer.status, data))
+                answers.append((answer.status, data))
         except urllib.error.URLError as error:
-            results.append(error.reason if isinstance(error.reason, OSError) else error)
+            errors.append(error.reason if isinstance(error.reason, OSError) else error)
         except Exception as error:
-            results.append(error)
+            errors.append(error)
 
     # In a thread, since the look-up of a host has no timeout, and the timeout of a socket begins
     # anew with each byte: a server that drips its header would not end.
     thread = threading.Thread(target=run, name="http_request", daemon=True)
     thread.start()
     thread.join(seconds)
-    result = results[-1]
-    if isinstance(result, Exception):
-        raise result
-    status, data = result
-    return status, data
+    if not answers:
+        raise errors[-1]
+    return answers[0]
 
 
 # ---- Replay protection ----------------------------------------------------------------------
