@@ -338,10 +338,7 @@ NO_DEDUP = ("bracken", "entrupy")  # nothing distinguishes a replay from an even
 
 @dataclass
 class Request:
-    """One HTTP request whose framing was checked, and nothing else: it is not yet trusted.
-
-    Text is decoded as ISO-8859-1. Mutable: the body is read after the headers.
-    """
+    """An HTTP request, not yet trusted. Text is ISO-8859-1; the body is read after the headers."""
 
     method: str
     path: str
@@ -363,10 +360,7 @@ class Verified(NamedTuple):
 
 
 def verify_header_signature(request: Request, scheme: HeaderSignature, token: str) -> None:
-    """Verify that the body was signed with `token`; see `verify_signature` for what that proves.
-
-    Raises SignatureError: the header is missing, empty or repeated, or does not match.
-    """
+    """Verify that the body was signed with `token`, as `verify_signature` does."""
     received = request.headers.get(scheme.header, "").encode("latin-1")
     if not received or scheme.header in request.repeated:
         raise SignatureError(f"{scheme.header} is missing, empty or repeated")
@@ -422,10 +416,6 @@ _UNSAFE = re.compile(
 )
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 def find_repeated(names: Iterable[str]) -> list[str]:
     """Return the names that occur more than once, sorted."""
     return sorted(name for name, count in collections.Counter(names).items() if count > 1)
@@ -445,13 +435,16 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
             repeated.extend(find_repeated(name for name, _ in pairs))
         return value
 
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
     try:
         value = json.loads(
             text,
             object_pairs_hook=to_object,
             parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits,
             parse_float=lambda digits: float(digits) if math.isfinite(float(digits)) else digits,
-            parse_constant=_refuse_constant,
+            parse_constant=refuse_constant,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -917,8 +910,7 @@ def verify_access_token(
     `now` is in epoch seconds. A normal return proves that the provider issued the token, for us,
     and that it is valid now. It does not prove that its sender sent this delivery.
 
-    Raises Refusal: the token is missing, malformed, not signed by the provider, not for us or not
-    valid now; and what `signing_keys` raises.
+    Raises Refusal: one of these is not proved; and what `signing_keys` raises.
     """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     signed, _, encoded_signature = token.lstrip(" ").rpartition(".")
@@ -998,10 +990,10 @@ class JwksClient:
     def signing_keys(self, kid: Optional[str], algorithm: str) -> tuple[str, list[RsaKey]]:
         """Return the issuer, and the keys that a token with this kid and algorithm may have.
 
-        A caller whose key is known does not wait for another thread's refresh. Raises Refusal: no
-        keys were ever obtained.
+        Raises Refusal: no keys were ever obtained.
         """
         is_known = bool(self._matching(kid, algorithm))
+        # With a known key, do not wait while another thread refreshes.
         if self.lock.acquire(blocking=not is_known):
             try:
                 self._refresh_if_due(kid, algorithm)
