@@ -340,10 +340,7 @@ NO_DEDUP = ("bracken", "entrupy")  # nothing distinguishes a replay from an even
 
 @dataclass
 class Request:
-    """One HTTP request whose framing was checked, and nothing else: it is not yet trusted.
-
-    Text is decoded as ISO-8859-1. Mutable: the body is read after the headers.
-    """
+    """An HTTP request, not yet trusted. Text is ISO-8859-1; the body is read after the headers."""
 
     method: str
     path: str
@@ -357,11 +354,15 @@ class Request:
 EMPTY_REQUEST = Request("", "", None, "HTTP/1.1", {}, frozenset())  # while none has been read
 
 
-def verify_header_signature(request: Request, scheme: HeaderSignature, token: str) -> None:
-    """Verify that the body was signed with `token`; see `verify_signature` for what that proves.
+class Verified(NamedTuple):
+    """What a verified signature says."""
 
-    Raises SignatureError: the header is missing, empty or repeated, or does not match.
-    """
+    token_index: int  # position of the token that matched
+    sent_at: Optional[float]  # the signed time in epoch seconds; None if it is not understood
+
+
+def verify_header_signature(request: Request, scheme: HeaderSignature, token: str) -> None:
+    """Verify that the body was signed with `token`, as `verify_signature` does."""
     received = request.headers.get(scheme.header, "").encode("latin-1")
     if not received or scheme.header in request.repeated:
         raise SignatureError(f"{scheme.header} is missing, empty or repeated")
@@ -370,9 +371,8 @@ def verify_header_signature(request: Request, scheme: HeaderSignature, token: st
         raise SignatureError(f"{scheme.header} does not match")
 
 
-@dataclass(frozen=True)
-class ApiKey:
-    """A shared secret demanded besides the signature."""
+class ApiKey(NamedTuple):
+    """A shared secret demanded besides the signature, in a header or in a field of the body."""
 
     header: str  # its name in lower case; "" if the key is in a field
     field: str  # the name of a top-level field of the JSON body; "" if the key is in a header
@@ -380,57 +380,42 @@ class ApiKey:
 
 
 def check_api_key(request: Request, api_key: ApiKey) -> None:
-    """Check the API key of a request: in a header, bare or after a scheme word, or in a field.
-
-    Raises Refusal: the key is missing, empty, repeated or wrong.
-    """
+    """Check the API key. Raises Refusal: it is missing, empty, repeated or wrong."""
     if api_key.header:
         place = f"the header {api_key.header!r}"
-        value = request.headers.get(api_key.header, "").encode("latin-1")
-        received = [value, value.partition(b" ")[2].lstrip(b" ")]
         is_repeated = api_key.header in request.repeated
+        value = request.headers.get(api_key.header, "").encode("latin-1")
+        candidates = [value, value.partition(b" ")[2].lstrip(b" ")]  # bare, or after a scheme word
     else:
         place = f"the field {api_key.field!r}"
         try:
             payload, repeated = parse_json(request.body.decode("utf-8-sig"))
         except ValueError:
             raise Refusal("api_key", f"{place} is missing: the body is not JSON") from None
-        text = payload.get(api_key.field) if isinstance(payload, dict) else None
-        received = [text.encode(errors="replace") if isinstance(text, str) else b""]
         is_repeated = api_key.field in repeated
-    if is_repeated or not received[0]:
+        text = payload.get(api_key.field) if isinstance(payload, dict) else None
+        candidates = [text.encode(errors="replace") if isinstance(text, str) else b""]
+    if is_repeated or not candidates[0]:
         raise Refusal("api_key", f"{place} is missing, empty or repeated")
-    # Security: compare with all keys, each in constant time, so that time tells nothing.
-    pairs = itertools.product(api_key.values, received)
-    if not any([hmac.compare_digest(valid.encode(), found) for valid, found in pairs]):
+    if not is_any_equal([valid.encode() for valid in api_key.values], candidates):
         raise Refusal("api_key", f"{place} holds another key")
+
+
+def is_any_equal(expected: Iterable[bytes], received: Iterable[bytes]) -> bool:
+    """Return True if one of the received values is one of the expected ones."""
+    pairs = itertools.product(expected, received)
+    # Security: a list, so that all pairs are compared: the time does not tell which one is equal.
+    return any([hmac.compare_digest(valid, value) for valid, value in pairs])
 
 
 # ---- JSON -----------------------------------------------------------------------------------
 
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-# Numbers stay text: this only has to find out whether a text is JSON.
-_VALIDATOR = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)
 # Control characters, and those that reorder, hide or break text: bidi controls, zero-width
 # characters, line separators, surrogates.
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
     "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
-
-
-def json_text(body: bytes) -> Optional[str]:
-    """Return the body as text if it is JSON in UTF-8 (RFC 8259), without a BOM; else None."""
-    try:
-        text = body.decode("utf-8-sig")
-        stripped = text.strip(" \t\r\n")
-        return text if _VALIDATOR.raw_decode(stripped)[1] == len(stripped) else None
-    except (ValueError, RecursionError):
-        return None
 
 
 def find_repeated(names: Iterable[str]) -> list[str]:
@@ -441,7 +426,7 @@ def find_repeated(names: Iterable[str]) -> list[str]:
 def parse_json(text: str) -> tuple[Any, list[str]]:
     """Parse JSON; return the value, and the keys that are repeated in one of its objects.
 
-    Numbers that Python cannot hold (10,000 digits, 1e999) become strings. Raises ValueError if the
+    Numbers that Python cannot hold (10,000 digits, 1e999) become strings. Raises ValueError: the
     text is not JSON (NaN and Infinity are not), or is nested too deeply.
     """
     repeated: list[str] = []
@@ -452,17 +437,30 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
             repeated.extend(find_repeated(name for name, _ in pairs))
         return value
 
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
     try:
         value = json.loads(
             text,
             object_pairs_hook=to_object,
             parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits,
             parse_float=lambda digits: float(digits) if math.isfinite(float(digits)) else digits,
-            parse_constant=_refuse_constant,
+            parse_constant=refuse_constant,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value, repeated
+
+
+def json_text(body: bytes) -> Optional[str]:
+    """Return the body as text if it is JSON in UTF-8 (RFC 8259), without a BOM; else None."""
+    try:
+        text = body.decode("utf-8-sig")
+        parse_json(text)
+        return text
+    except ValueError:
+        return None
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
@@ -473,16 +471,21 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
     return value
 
 
+def _escape(match: re.Match[str]) -> str:
+    """Escape what was found as JSON does, and DEL too."""
+    return json.dumps(match[0])[1:-1].replace("\x7f", "\\u007f")
+
+
 def to_ascii_line(text: str) -> str:
     """Put a JSON text on one line of ASCII; numbers, order and spelling stay."""
-    if not text.isascii():
-        text = re.sub("[^\x00-\x7f]+", lambda run: json.dumps(run[0])[1:-1], text)
-    return text.replace("\n", " ").replace("\r", " ").replace("\t", " ").replace("\x7f", "\\u007f")
+    if not text.isascii() or "\x7f" in text:
+        text = re.sub("[\x7f-\U0010ffff]+", _escape, text)
+    return text.replace("\n", " ").replace("\r", " ").replace("\t", " ")
 
 
 def escape_text(text: str) -> str:
     r"""Escape what could move a cursor, reorder text or begin a line, as JSON does: \u202e."""
-    return _UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1].replace("\x7f", "\\u007f"), text)
+    return _UNSAFE.sub(_escape, text)
 
 
 _FORMATS = (  # beginning of a body that is not JSON, and what the body seems to be
@@ -491,19 +494,13 @@ _FORMATS = (  # beginning of a body that is not JSON, and what the body seems to
     (rb"\s*<", "XML or HTML"),
     (rb"\s*[\w.%+\-\[\]]+=[^{\[]", "a form: choose JSON as the content type at the sender"),
     (rb'\s*[{\["]', "almost JSON: truncated, nested too deeply, or with NaN, comments or the like"),
+    (rb"", "plain text, or not UTF-8"),
 )
 
 
 def guess_format(body: bytes) -> str:
     """Say what a body that is not JSON seems to be, for the log."""
-    for pattern, name in _FORMATS:
-        if re.match(pattern, body):
-            return name
-    try:
-        body.decode()
-        return "plain text"
-    except UnicodeDecodeError:
-        return "not UTF-8"
+    return next(name for beginning, name in _FORMATS if re.match(beginning, body))
 
 
 # ---- HTTP message signatures (RFC 9421) -----------------------------------------------------
@@ -514,10 +511,9 @@ class Item(NamedTuple):
 
     value: Any  # an int, a str, or the items of an inner list; None: another type
     text: str  # canonical, without the parameters
-    parameters: dict[str, Item]
+    parameters: Mapping[str, Item] = {}
 
-    def __str__(self) -> str:
-        """Serialize canonically (RFC 8941 section 4.1)."""
+    def __str__(self) -> str:  # canonical as well: RFC 8941 section 4.1
         text = self.text
         for name, item in self.parameters.items():
             text += f";{name}" if item.text == "?1" else f";{name}={item.text}"
@@ -532,6 +528,7 @@ _BARE_ITEM = (
     r"|:(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?:"  # bytes: 4.2.7
     r"|\?[01]"  # a Boolean: 4.2.8
 )
+_KEY = "[a-z*][a-z0-9_.*-]*"  # 4.2.3.3
 
 
 class StructuredField:
@@ -553,58 +550,51 @@ class StructuredField:
         return match[0]
 
     def parse_dictionary(self) -> dict[str, Item]:
-        """Section 4.2.2, but a repeated key is an error (RFC 9421 section 4)."""
+        """Parse `key=member, key, ...` (4.2.2); a repeated key is an error (RFC 9421 section 4)."""
         members: dict[str, Item] = {}
         while True:
-            key = self.parse_key()
+            key = self.scan(_KEY)
             if key in members:
                 raise SignatureError(f"{key[:40]!r} is repeated in a structured field")
             if not self.scan("=?"):
-                members[key] = Item(None, "?1", self.parse_parameters())
+                member = Item(None, "?1")
             elif self.text.startswith("(", self.position):
-                members[key] = self.parse_inner_list()
+                member = self.parse_inner_list()
             else:
-                members[key] = self.parse_item()
+                member = self.parse_bare_item()
+            members[key] = self.parse_parameters(member)
             self.scan("[ \t]*")
             if self.position == len(self.text):
                 return members
             self.scan(",[ \t]*")
 
     def parse_inner_list(self) -> Item:
-        """Section 4.2.1.2."""
+        """Parse `(item item ...)` (4.2.1.2)."""
         self.scan(r"\( *")
         items = []
         while not self.scan(r"\)?"):
-            items.append(self.parse_item())
+            items.append(self.parse_parameters(self.parse_bare_item()))
             self.scan(r" +|(?=\))")
-        return Item(items, f"({' '.join(map(str, items))})", self.parse_parameters())
-
-    def parse_item(self) -> Item:
-        """Section 4.2.3."""
-        return self.parse_bare_item()._replace(parameters=self.parse_parameters())
+        return Item(items, f"({' '.join(map(str, items))})")
 
     def parse_bare_item(self) -> Item:
-        """Section 4.2.3.1. Bytes are not decoded, since they are compared in their encoded form."""
+        """Parse a string, number, token, Boolean or bytes, which stay encoded (4.2.3.1)."""
         text = self.scan(_BARE_ITEM)
         if text[0] == '"':
-            return Item(re.sub(r"\\(.)", r"\1", text[1:-1]), text, {})
+            return Item(re.sub(r"\\(.)", r"\1", text[1:-1]), text)
         if text[0] not in "-0123456789":
-            return Item(None, text, {})
+            return Item(None, text)
         if "." in text:
-            return Item(None, str(float(text) or 0.0), {})  # exact: it has at most 15 digits
-        return Item(int(text), str(int(text)), {})
+            return Item(None, str(float(text) or 0.0))  # exact: it has at most 15 digits
+        return Item(int(text), str(int(text)))
 
-    def parse_parameters(self) -> dict[str, Item]:
-        """Section 4.2.3.2: if a parameter is repeated, the last value wins."""
+    def parse_parameters(self, item: Item) -> Item:
+        """Parse `;key=value;key...` of an item (4.2.3.2); if a key is repeated, the last wins."""
         parameters = {}
         while self.scan("(?:; *)?"):
-            key = self.parse_key()
-            parameters[key] = self.parse_bare_item() if self.scan("=?") else Item(None, "?1", {})
-        return parameters
-
-    def parse_key(self) -> str:
-        """Section 4.2.3.3."""
-        return self.scan("[a-z*][a-z0-9_.*-]*")
+            key = self.scan(_KEY)
+            parameters[key] = self.parse_bare_item() if self.scan("=?") else Item(None, "?1")
+        return item._replace(parameters=parameters)
 
 
 class UrlParts(NamedTuple):
@@ -624,14 +614,10 @@ class PublicUrl(NamedTuple):
 
 
 def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
-    """Split an absolute URL; return its host in lower case as well.
-
-    Raises ValueError: it is not an http or https URL in ASCII, or has a user or a fragment.
-    """
+    """Split an http or https URL; return its host in lower case as well. Raises ValueError."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-        raise ValueError("expected an http or https URL")
-    if not re.fullmatch(r"[\x21-\x7e]+", url) or "@" in parts.netloc or "#" in url:
+    is_ascii = re.fullmatch("https?://[!-~]+", url, re.IGNORECASE)
+    if not is_ascii or not parts.hostname or parts.port == 0 or "@" in parts.netloc or "#" in url:
         raise ValueError("expected an http or https URL in ASCII without user and fragment")
     return parts, parts.hostname
 
@@ -641,37 +627,33 @@ def format_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def without_port(authority: str) -> str:
+    """Return the host of an authority, as it is written there."""
+    return re.sub(":[0-9]*$", "", authority)
+
+
 def parse_public_url(url: Any) -> PublicUrl:
-    """Parse the URL as typed into Central.
+    """Parse the URL as typed into Central. Raises ValueError, see `split_url`.
 
     Signers differ on whether they normalize it (scheme and host in lower case, no default port,
     "/" for an empty path), and may do so in `@authority` but not in `@target-uri`.
-
-    Raises ValueError: it is not an http or https URL in ASCII, or it has a user or a fragment.
     """
-    parts, hostname = split_url(parse_text(url))
-    path = parts.path or "/"
-    authority = format_host(hostname)
-    without_port = parts.netloc
-    if parts.port == {"http": 80, "https": 443}[parts.scheme]:
-        without_port = parts.netloc.rpartition(":")[0]
-    elif parts.port:
-        authority += f":{parts.port}"
-    schemes = dict.fromkeys([url.partition(":")[0], parts.scheme])
-    netlocs = dict.fromkeys([parts.netloc, parts.netloc.lower(), without_port, authority])
-    paths = dict.fromkeys([parts.path, path])
-    targets = [f"{a}://{b}{c}" for a, b, c in itertools.product(schemes, netlocs, paths)]
-    spellings = itertools.product(targets, schemes, netlocs, paths)
-    return PublicUrl(path, tuple(UrlParts(*spelling) for spelling in spellings))
+    parts, _ = split_url(parse_text(url))
+    typed = parts.netloc
+    normalized = without_port(typed)
+    if parts.port not in (None, {"http": 80, "https": 443}[parts.scheme]):
+        normalized += f":{parts.port}"
+    schemes = [url.partition(":")[0], parts.scheme]
+    authorities = [typed, typed.lower(), normalized, normalized.lower()]
+    paths = [parts.path, parts.path or "/"]
+    urls = itertools.product(schemes, authorities, paths)
+    targets = [f"{scheme}://{authority}{path}" for scheme, authority, path in urls]
+    spellings = map(UrlParts._make, itertools.product(targets, schemes, authorities, paths))
+    return PublicUrl(paths[-1], tuple(dict.fromkeys(spellings)))  # each once, in this order
 
 
 def signature_base(request: Request, covered: Item, url: UrlParts) -> bytes:
-    """Return the bytes to sign (RFC 9421 section 2.5): a line for each component, and `covered`.
-
-    Raises:
-        SignatureError: a component is missing, or not supported: `@query-param`, those of
-            responses, and all with parameters.
-    """
+    """Return the bytes to sign (RFC 9421 section 2.5): a line for each component, and `covered`."""
     query = "" if request.query is None else "?" + request.query
     # Security: scheme, authority and path are configured. Host and X-Forwarded-* are whatever the
     # sender writes, so a signature made for another receiver would pass.
@@ -699,20 +681,13 @@ _PARAMETERS = {"created": int, "expires": int, "nonce": str, "alg": str, "keyid"
 
 
 def check_coverage(covered: Item, now: float) -> None:
-    """Check what a signature covers and claims; `now` is in epoch seconds.
-
-    Raises:
-        SignatureError: it leaves out the method, the target or a time; covers a component twice;
-            has a parameter of the wrong type or another algorithm; or has expired.
-    """
+    """Check what a signature covers and claims, at epoch seconds `now`. Raises SignatureError."""
     items = covered.value
     if not isinstance(items, list) or not all(isinstance(item.value, str) for item in items):
         raise SignatureError("a member of signature-input is not a list of strings")
-    names = [item.value for item in items]
-    if len(names) > MAX_COMPONENTS:
-        raise SignatureError(f"more than {MAX_COMPONENTS} components are covered")
-    if len(set(names)) < len(names):
-        raise SignatureError("a component is covered twice")
+    names = {item.value for item in items}
+    if len(items) > MAX_COMPONENTS or len(names) < len(items):
+        raise SignatureError(f"more than {MAX_COMPONENTS} components are covered, or one twice")
     parameters = {name: item.value for name, item in covered.parameters.items()}
     for name, value in parameters.items():
         if not isinstance(value, _PARAMETERS.get(name, object)):
@@ -723,20 +698,15 @@ def check_coverage(covered: Item, now: float) -> None:
     expires = parameters.get("expires", now)
     if expires < now:
         raise SignatureError(f"the signature expired {now - expires:.0f} s ago")
-    has_target = "@target-uri" in names or ("@authority" in names and "@path" in names)
-    if "@method" not in names or not has_target:
-        raise SignatureError(
-            "the signature does not cover @method, and @target-uri or @authority and @path"
-        )
-    if "date" not in names and "created" not in parameters:
-        raise SignatureError("the signature covers no time: neither date nor created")
+    has_target = "@target-uri" in names or {"@authority", "@path"} <= names
+    has_time = "date" in names or "created" in parameters
+    if "@method" not in names or not has_target or not has_time:
+        expected = "@method, @target-uri (or @authority and @path), and date (or created)"
+        raise SignatureError(f"the signature does not cover all of {expected}")
 
 
 def check_content_digest(request: Request) -> None:
-    """Check that each sha-256 and sha-512 of Content-Digest (RFC 9530) is that of the body.
-
-    Raises SignatureError: one is not, or there is neither.
-    """
+    """Check each sha-256 and sha-512 of Content-Digest (RFC 9530). Raises SignatureError."""
     digests = StructuredField(request.headers["content-digest"]).parse_dictionary()
     known = [name for name in ("sha-256", "sha-512") if name in digests]
     if not known:
@@ -748,10 +718,7 @@ def check_content_digest(request: Request) -> None:
 
 
 def hmac_keys(token: str) -> list[bytes]:
-    """Return the keys that a token may stand for: its text, and its bytes if it is hexadecimal.
-
-    The vendor's documentation does not say which of both new Central uses.
-    """
+    """Return the keys that a token may stand for: the vendor does not say if hex is decoded."""
     keys = [token.encode()]
     if re.fullmatch(r"(?:[0-9a-fA-F]{2})+", token):
         keys.append(bytes.fromhex(token))
@@ -763,33 +730,26 @@ def sign_base(key: bytes, base: bytes) -> bytes:
     return b":%b:" % base64.b64encode(hmac.digest(key, base, "sha256"))
 
 
-def is_message_signature(received: bytes, keys: Sequence[bytes], bases: Iterable[bytes]) -> bool:
+def is_message_signature(received: bytes, keys: Iterable[bytes], bases: Iterable[bytes]) -> bool:
     """Return True if `received` is the signature of one of the bases with one of the keys."""
-    expected = [sign_base(key, base) for base in bases for key in keys]
-    return any([hmac.compare_digest(signature, received) for signature in expected])
+    pairs = itertools.product(keys, bases)
+    return is_any_equal([sign_base(key, base) for key, base in pairs], [received])
 
 
 def parse_message_signatures(request: Request) -> list[tuple[Item, bytes]]:
-    """Return what each signature of a request covers, and the signature in its encoded form.
-
-    Labels that are in only one of `signature-input` and `signature` are passed over.
-
-    Raises SignatureError: a header is missing, malformed or too long, or there are too many labels.
-    """
+    """Return what each signature covers, and the signature as encoded. Raises SignatureError."""
     fields = []
     for name in ("signature-input", "signature"):
         text = request.headers.get(name, "")
-        if not text:
-            raise SignatureError(f"{name} is missing or empty")
-        if len(text) > MAX_SIGNATURE_FIELD_BYTES:
-            raise SignatureError(f"{name} is above {MAX_SIGNATURE_FIELD_BYTES} bytes")
-        fields.append(StructuredField(text).parse_dictionary())
-        if len(fields[-1]) > MAX_LABELS:
+        if not text or len(text) > MAX_SIGNATURE_FIELD_BYTES:
+            problem = f"missing, empty or above {MAX_SIGNATURE_FIELD_BYTES} bytes"
+            raise SignatureError(f"{name} is {problem}")
+        members = StructuredField(text).parse_dictionary()
+        if len(members) > MAX_LABELS:
             raise SignatureError(f"{name} has more than {MAX_LABELS} labels")
+        fields.append(members)
     inputs, signatures = fields
     labels = [label for label in inputs if label in signatures]
-    if not labels:
-        raise SignatureError("no label is in both signature-input and signature")
     return [(inputs[label], signatures[label].text.encode()) for label in labels]
 
 
@@ -802,24 +762,21 @@ def verify_message_signature(
     the method, the URL and the time. It proves nothing of the body unless the signature covers
     content-digest.
 
-    Raises:
-        SignatureError: no signature is good; then why the last one is not.
+    Raises SignatureError: no signature is good; then why the last one is not.
     """
-    failure = SignatureError("no signature was tried")
+    failure = SignatureError("no label is in both signature-input and signature")
     for covered, received in parse_message_signatures(request):
         try:
             check_coverage(covered, now)
             bases = {signature_base(request, covered, spelling) for spelling in url.spellings}
-            for index, token in enumerate(tokens):
-                if not is_message_signature(received, hmac_keys(token), bases):
-                    continue
-                if any(item.value == "content-digest" for item in covered.value):
-                    check_content_digest(request)
-                created = covered.parameters.get("created")
-                if created:
-                    return Verified(index, created.value)
-                return Verified(index, parse_http_date(request.headers["date"]))
-            raise SignatureError("signature does not match")
+            matches = [is_message_signature(received, hmac_keys(token), bases) for token in tokens]
+            if not any(matches):
+                raise SignatureError("signature does not match")
+            if any(item.value == "content-digest" for item in covered.value):
+                check_content_digest(request)
+            created = covered.parameters.get("created")
+            sent_at = created.value if created else parse_http_date(request.headers["date"])
+            return Verified(matches.index(True), sent_at)
         except SignatureError as error:  # a bad one beside a good one does no harm: section 7.2.6
             failure = error
     raise failure
@@ -837,44 +794,38 @@ def diagnose_message_signature(
         signatures = parse_message_signatures(request)
     except SignatureError:
         return ""
-    usual = url.spellings
-    scheme, authority = usual[-1].scheme, usual[-1].authority
+    usual, _, _, path = url.spellings[0]
+    _, scheme, authority, _ = url.spellings[-1]
     host = request.headers.get("host", "")
-    host_name, public_name = (re.sub(":[0-9]*$", "", name) for name in (host, authority))
-
-    def respell(scheme: str, authority: str) -> list[UrlParts]:
-        paths = {parts.path for parts in usual}
-        return [UrlParts(f"{scheme}://{authority}{p}", scheme, authority, p) for p in paths]
-
-    lower = replace(request, method=request.method.lower())
-    last = b'\n"@signature-params": '
-    bare = b'\n"signature-params": '
     keys = [key for token in tokens for key in hmac_keys(token)]
     decoded = []
     for token in tokens:
         with contextlib.suppress(ValueError):
             decoded.append(base64.b64decode(token, validate=True))
-    deviations = [  # request, URL, start of the last line (b"": there is none), keys
-        ("the method in lower case", lower, usual, last, keys),
-        ('"signature-params" without @', request, usual, bare, keys),
-        ('the method in lower case and "signature-params" without @', lower, usual, bare, keys),
-        ('no line "@signature-params"', request, usual, b"", keys),
-        ("http instead of https", request, respell("http", authority), last, keys),
-        ("the received Host as authority", request, respell(scheme, host), last, keys),
-        ("the received Host without its port", request, respell(scheme, host_name), last, keys),
-        ("the token decoded from base64", request, usual, last, decoded),
+    lower = (b'"@method": POST', b'"@method": post')
+    no_at = (b'\n"@signature-params": ', b'\n"signature-params": ')
+    no_end = (b'\n"@signature-params": .*', b"")
+    deviations = [  # name, URL, what to replace in the signature base, keys
+        ("the method in lower case", usual, [lower], keys),
+        ('"signature-params" without @', usual, [no_at], keys),
+        ('the method in lower case and "signature-params" without @', usual, [lower, no_at], keys),
+        ('no line "@signature-params"', usual, [no_end], keys),
+        ("http instead of https", f"http://{authority}{path}", [], keys),
+        ("the received Host as authority", f"{scheme}://{host}{path}", [], keys),
+        ("the received Host without its port", f"{scheme}://{without_port(host)}{path}", [], keys),
+        ("the token decoded from base64", usual, [], decoded),
     ]
     for covered, received in signatures:
-        with contextlib.suppress(SignatureError):
-            check_coverage(covered, now)
-            for name, variant, spellings, start, variant_keys in deviations:
-                bases = []
-                for parts in spellings:
-                    lines, _, end = signature_base(variant, covered, parts).partition(last)
-                    bases.append(lines + start + end if start else lines)
-                if is_message_signature(received, variant_keys, bases):
+        for name, text, replacements, tried_keys in deviations:
+            with contextlib.suppress(SignatureError, ValueError):  # ValueError: Host is malformed
+                check_coverage(covered, now)
+                spellings = parse_public_url(text).spellings
+                bases = {signature_base(request, covered, spelling) for spelling in spellings}
+                for pattern, replacement in replacements:
+                    bases = {re.sub(pattern, replacement, base) for base in bases}
+                if is_message_signature(received, tried_keys, bases):
                     return f"would match with {name}"
-    if host and host_name.lower() != public_name:
+    if host and without_port(host).lower() != without_port(authority):
         return f"Host is '{escape_text(host[:80])}', but public_url says '{authority}'"
     return ""
 
@@ -916,10 +867,7 @@ def decode_base64url(text: str) -> bytes:
 
 
 def is_rsa_signature(signed: bytes, signature: bytes, algorithm: str, key: RsaKey) -> bool:
-    """Return True if `signature` is that of `key` over `signed`.
-
-    The scheme is RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.2).
-    """
+    """Return True if `signature` is that of `key` over `signed` (RFC 8017 section 8.2.2)."""
     digest_name, prefix = RSA_ALGORITHMS[algorithm]
     size = (key.n.bit_length() + 7) // 8
     number = int.from_bytes(signature, "big")
@@ -933,10 +881,7 @@ def is_rsa_signature(signed: bytes, signature: bytes, algorithm: str, key: RsaKe
 
 
 def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
-    """Return the RSA keys of a JWK set (RFC 7517) that may verify and are safe to use.
-
-    Raises ValueError: it is not a JWK set.
-    """
+    """Return the safe RSA keys of a JWK set (RFC 7517) that may verify. Raises ValueError."""
     if not isinstance(jwks.get("keys"), list):
         raise ValueError("expected a JWK set")
     keys = []
@@ -946,13 +891,12 @@ def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
         operations = jwk.get("key_ops", ["verify"])  # section 4.3
         if not isinstance(operations, list) or "verify" not in operations:
             continue
-        try:
+        with contextlib.suppress(ValueError):
             n = int.from_bytes(decode_base64url(str(jwk.get("n", ""))), "big")
             e = int.from_bytes(decode_base64url(str(jwk.get("e", ""))), "big")
-        except ValueError:
-            continue
-        if MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS and n % 2 and e % 2 and 3 <= e < 2**64:
-            keys.append(RsaKey(jwk.get("kid"), str(jwk.get("alg") or ""), n, e))
+            is_safe_size = MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS
+            if is_safe_size and n % 2 and e % 2 and 3 <= e < 2**64:
+                keys.append(RsaKey(jwk.get("kid"), str(jwk.get("alg") or ""), n, e))
     return keys
 
 
@@ -968,18 +912,17 @@ def verify_access_token(
     `now` is in epoch seconds. A normal return proves that the provider issued the token, for us,
     and that it is valid now. It does not prove that its sender sent this delivery.
 
-    Raises:
-        Refusal: the token is missing, malformed, not signed by the provider, not for us or not
-            valid now; and what `signing_keys` raises.
+    Raises Refusal: one of these is not proved; and what `signing_keys` raises.
     """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    parts = token.lstrip(" ").split(".")
+    signed, _, encoded_signature = token.lstrip(" ").rpartition(".")
     try:
-        if scheme.lower() != "bearer" or len(parts) != 3 or "authorization" in request.repeated:
+        if scheme.lower() != "bearer" or "authorization" in request.repeated:
             raise ValueError
-        header = parse_json_object(decode_base64url(parts[0]))
-        claims = parse_json_object(decode_base64url(parts[1]))
-        signature = decode_base64url(parts[2])
+        encoded_header, encoded_claims = signed.split(".")
+        header = parse_json_object(decode_base64url(encoded_header))
+        claims = parse_json_object(decode_base64url(encoded_claims))
+        signature = decode_base64url(encoded_signature)
     except ValueError:
         raise Refusal("oidc", "authorization is missing, repeated or not a bearer JWT") from None
     # Security: the algorithm is one of ours, whatever the token says: "none" and HS256 with the
@@ -987,50 +930,46 @@ def verify_access_token(
     # provider alone, never from the jku, x5u or jwk of the token.
     algorithm = header.get("alg")
     if not isinstance(algorithm, str) or algorithm not in RSA_ALGORITHMS:
-        shown = describe_claim(algorithm)
-        raise Refusal("oidc", f"the access token's alg is {shown}, expected RS256, RS384 or RS512")
+        found = describe_claim(algorithm)
+        raise Refusal("oidc", f"the access token's alg is {found}, expected RS256, RS384 or RS512")
     if "crit" in header or not isinstance(header.get("kid", ""), str):
         raise Refusal("oidc", "the access token has crit, or a kid that is not a string")
     kid = header.get("kid")
     issuer, keys = signing_keys(kid, algorithm)
     if not keys:
-        shown = describe_claim(kid)
-        raise Refusal("oidc", f"unknown kid: the provider has no {algorithm} key with kid {shown}")
+        found = describe_claim(kid)
+        raise Refusal("oidc", f"unknown kid: the provider has no {algorithm} key with kid {found}")
     if len(keys) > MAX_KEYS_TRIED:
-        raise Refusal(
-            "oidc", f"{len(keys)} keys fit the access token, expected at most {MAX_KEYS_TRIED}"
-        )
-    signed = f"{parts[0]}.{parts[1]}".encode()
-    if not any(is_rsa_signature(signed, signature, algorithm, key) for key in keys):
+        problem = f"{len(keys)} keys fit the access token, expected at most {MAX_KEYS_TRIED}"
+        raise Refusal("oidc", problem)
+    if not any(is_rsa_signature(signed.encode(), signature, algorithm, key) for key in keys):
         raise Refusal("oidc", f"the access token's signature matches none of {len(keys)} keys")
     check_claims(claims, oidc, oidc.issuer or issuer, now)
 
 
 def check_claims(claims: dict[str, Any], oidc: Oidc, issuer: str, now: float) -> None:
-    """Check times, issuer, audience and client of a verified token (RFC 7519 section 4.1).
-
-    Raises Refusal: one of them is missing or not as expected.
-    """
-    for name, default in (("exp", None), ("nbf", now)):
-        value = claims.get(name, default)
+    """Check the times, issuer, audience and client of a verified token. Raises Refusal."""
+    times: dict[str, Any] = {"exp": claims.get("exp"), "nbf": claims.get("nbf", now)}
+    for name, value in times.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e12:
             raise Refusal("oidc", f"the access token's {name} is missing or not a time")
-        seconds = now - value if name == "exp" else value - now
-        if seconds > ACCESS_TOKEN_LEEWAY_SECONDS:
-            raise Refusal("oidc", f"the access token's {name} is off by {seconds:.0f} s")
+    if now - times["exp"] > ACCESS_TOKEN_LEEWAY_SECONDS:
+        raise Refusal("oidc", f"the access token's exp was {now - times['exp']:.0f} s ago")
+    if times["nbf"] - now > ACCESS_TOKEN_LEEWAY_SECONDS:
+        raise Refusal("oidc", f"the access token's nbf is {times['nbf'] - now:.0f} s ahead")
     audience = claims.get("aud")
     audiences = audience if isinstance(audience, list) else [audience]
     client_names = ("azp", "client_id", "appid", "cid")  # Keycloak, RFC 9068, Entra ID, Okta
     clients = [claims[name] for name in client_names if name in claims]
-    rules = [
+    rules = [  # name, what was found, its values, which of them is expected (None: any)
         ("iss (issuer)", claims.get("iss"), [claims.get("iss")], issuer),
         ("aud (audience)", audience, audiences, oidc.audience),
         ("client", clients, clients, oidc.client_id),
     ]
-    for name, found, values, expected in rules:
+    for name, claim, values, expected in rules:
         if expected is not None and expected not in values:
-            shown = describe_claim(found)
-            raise Refusal("oidc", f"the access token's {name} is {shown}, expected {expected!r}")
+            found = describe_claim(claim)
+            raise Refusal("oidc", f"the access token's {name} is {found}, expected {expected!r}")
 
 
 def describe_claim(value: Any) -> str:
@@ -1053,19 +992,13 @@ class JwksClient:
     def signing_keys(self, kid: Optional[str], algorithm: str) -> tuple[str, list[RsaKey]]:
         """Return the issuer, and the keys that a token with this kid and algorithm may have.
 
-        Fetches them if none matches or they are old, but at most once in twice PROVIDER_SECONDS,
-        failures included. Callers whose key is known do not wait for another thread's refresh.
-
-        Raises Refusal: the keys were never obtained.
+        Raises Refusal: no keys were ever obtained.
         """
-        if self.lock.acquire(blocking=not self._matching(kid, algorithm)):
+        is_known = bool(self._matching(kid, algorithm))
+        # With a known key, do not wait while another thread refreshes.
+        if self.lock.acquire(blocking=not is_known):
             try:
-                now = time.monotonic()
-                is_old = now - self.answered > PROVIDER_KEYS_SECONDS
-                is_allowed = now - self.asked >= 2 * PROVIDER_SECONDS
-                if is_allowed and (is_old or not self._matching(kid, algorithm)):
-                    self.asked = now
-                    self._refresh()
+                self._refresh_if_due(kid, algorithm)
             finally:
                 self.lock.release()
         if self.keys is None:
@@ -1077,17 +1010,21 @@ class JwksClient:
         known = [key for key in self.keys or () if key.algorithm in ("", algorithm)]
         return [key for key in known if kid in (None, key.kid)]
 
-    def _refresh(self) -> None:
-        """Fetch the discovery document and the keys that it names; log a failure."""
+    def _refresh_if_due(self, kid: Optional[str], algorithm: str) -> None:
+        """Fetch the keys if none matches or they are old, but not too often; log a failure."""
+        now = time.monotonic()
+        is_old = now - self.answered > PROVIDER_KEYS_SECONDS
+        is_too_soon = now - self.asked < 2 * PROVIDER_SECONDS
+        if is_too_soon or (self._matching(kid, algorithm) and not is_old):
+            return
+        self.asked = now
         try:
             document = self._fetch(self.oidc.well_known_url)
-            issuer = document.get("issuer")
             try:
+                issuer = parse_text(document.get("issuer"))
                 url = parse_provider_url(document.get("jwks_uri"))
             except ValueError:
-                raise ValueError("the discovery document has no jwks_uri over https") from None
-            if not isinstance(issuer, str):
-                raise ValueError("the discovery document has no issuer")
+                raise ValueError("the document has no issuer, or no jwks_uri over https") from None
             self.keys = parse_rsa_keys(self._fetch(url))
             self.issuer = issuer
             self.answered = time.monotonic()
@@ -1100,8 +1037,9 @@ class JwksClient:
         """Fetch a JSON object. Raises what `http_request` raises, and ValueError."""
         status, data = http_request("GET", url, {"Accept": JSON}, None, PROVIDER_SECONDS / 2)
         if status != 200 or len(data) > MAX_ANSWER_BYTES:
-            limit = f"200 and at most {MAX_ANSWER_BYTES}"
-            raise ValueError(f"status {status} and {len(data)} bytes, expected {limit}")
+            raise ValueError(
+                f"status {status}, {len(data)} bytes: expected 200, {MAX_ANSWER_BYTES}"
+            )
         return parse_json_object(data)
 
 
@@ -1113,9 +1051,7 @@ def http_request(
     Returns within `seconds`. Redirects are not followed. Proxies are those of the environment
     (HTTPS_PROXY, NO_PROXY), but a loopback address is never reached through one.
 
-    Raises:
-        OSError, ValueError, http.client.HTTPException: no complete answer arrived in time.
-        RuntimeError: no thread can be started.
+    Raises OSError, ValueError, http.client.HTTPException, RuntimeError: no complete answer arrived.
     """
     _, host = split_url(url)
     headers = {"User-Agent": f"{PROGRAM}/{VERSION}", **headers}
@@ -1127,33 +1063,32 @@ def http_request(
     if not is_loopback(host):
         opener.add_handler(urllib.request.ProxyHandler())
     deadline = time.monotonic() + seconds
-    late = TimeoutError(f"no whole answer within {seconds:g} s")
-    answers: list[Any] = []
+    timeout_error = TimeoutError(f"no whole answer within {seconds:g} s")
+    answers: list[tuple[int, bytes]] = []
+    errors: list[Exception] = [timeout_error]  # then that of the thread
 
     def run() -> None:
         try:
             with opener.open(request, timeout=seconds) as answer:
-                data = piece = answer.read1(MAX_ANSWER_BYTES + 1)
-                while piece and len(data) <= MAX_ANSWER_BYTES:
-                    if time.monotonic() > deadline:
-                        raise late
-                    piece = answer.read1(MAX_ANSWER_BYTES + 1 - len(data))
+                data = b""
+                while piece := answer.read1(MAX_ANSWER_BYTES + 1 - len(data)):
                     data += piece
+                    if time.monotonic() > deadline:
+                        raise timeout_error
                 answers.append((answer.status, data))
+        except urllib.error.URLError as error:
+            errors.append(error.reason if isinstance(error.reason, OSError) else error)
         except Exception as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            answers.append(reason if isinstance(reason, OSError) else error)
+            errors.append(error)
 
     # In a thread, since the look-up of a host has no timeout, and the timeout of a socket begins
     # anew with each byte: a server that drips its header would not end.
     thread = threading.Thread(target=run, name="http_request", daemon=True)
     thread.start()
     thread.join(seconds)
-    result = answers[0] if answers else late
-    if isinstance(result, Exception):
-        raise result
-    status, data = result
-    return status, data
+    if not answers:
+        raise errors[-1]
+    return answers[0]
 
 
 # ---- Replay protection ----------------------------------------------------------------------
@@ -1169,9 +1104,8 @@ _EPOCH = re.compile(r"[0-9]{9,11}(?:\.[0-9]{1,9})?|[0-9]{12,20}")
 def parse_timestamp(text: str) -> Optional[float]:
     """Return the epoch seconds of the time that a sender signed, None if it is not understood.
 
-    Central documents ISO 8601 with an offset. A fraction, `Z`, no offset (UTC), an HTTP-date, Go's
-    `2016-07-12 13:14:19 +0000 UTC` and epoch s, ms, us and ns are understood too, since nobody has
-    published what is on the wire.
+    Central documents ISO 8601 with an offset, but nobody has published what is on the wire: no
+    offset (UTC), HTTP-dates, Go's `2016-07-12 13:14:19 +0000 UTC` and epochs are understood too.
     """
     if _EPOCH.fullmatch(text):
         digits = len(text.partition(".")[0])  # s have 9 to 11, ms 12 to 14, us 15 to 17, ns more
@@ -1179,16 +1113,13 @@ def parse_timestamp(text: str) -> Optional[float]:
     match = _ISO_8601.fullmatch(text)
     if not match:
         return parse_http_date(text)
-    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("0")
+    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("00")
+    offset = f"{sign}{hours}:{minutes}" if sign in ("+", "-") else "+00:00"
     try:
-        start = datetime(int(year), int(month), int(day), tzinfo=timezone.utc).timestamp()
+        start = datetime.fromisoformat(f"{year}-{month}-{day}T{hour}:{minute}{offset}")
     except ValueError:
         return None
-    offset = int(hours) * 3600 + int(minutes) * 60
-    if sign == "-":
-        offset = -offset
-    seconds = int(hour) * 3600 + int(minute) * 60 + int(second)
-    return start + seconds + float("0." + fraction) - offset
+    return start.timestamp() + int(second) + float("0." + fraction)
 
 
 def parse_http_date(text: str) -> Optional[float]:
@@ -1204,34 +1135,24 @@ def parse_http_date(text: str) -> Optional[float]:
 SENT_AT_HEADERS = {"central": "x-central-delivery-timestamp", "new-central": "date"}
 
 
-class Verified(NamedTuple):
-    """What a verified signature says."""
-
-    token_index: int  # position of the token that matched
-    sent_at: Optional[float]  # the signed time in epoch seconds; None if it is not understood
-
-
 def check_age(
     sent_at: Optional[float], signed_time: str, window_seconds: float, now: float
 ) -> None:
     """Check that a delivery was sent at most `window_seconds` ago; 0 switches the check off.
 
-    Times are in epoch seconds; `signed_time` is what the sender wrote, for the log. Raises Refusal
-    if it is older, too far in the future, or not understood.
+    Times are in epoch seconds; `signed_time` is what the sender wrote. Raises Refusal.
     """
     if not window_seconds:
         return
     if sent_at is None:
         advice = '"replay_window_hours": 0 accepts any time'
         raise Refusal("stale", f"its time {signed_time[:80]!r} is not understood; {advice}")
-    hours = (now - sent_at) / 3600
-    if now - sent_at > window_seconds:
-        allowed = window_seconds / 3600
-        raise Refusal(
-            "stale", f"sent {hours:.1f} hours ago, allowed are {allowed:g}: is a clock wrong?"
-        )
-    if sent_at - now > MAX_FUTURE_SECONDS:
-        raise Refusal("stale", f"sent {-60 * hours:.0f} minutes in the future: is a clock wrong?")
+    age = now - sent_at
+    if age > window_seconds:
+        allowed = f"allowed are {window_seconds / 3600:g}"
+        raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, {allowed}: is a clock wrong?")
+    if -age > MAX_FUTURE_SECONDS:
+        raise Refusal("stale", f"sent {-age / 60:.0f} minutes in the future: is a clock wrong?")
 
 
 DedupKeys = tuple[bytes, ...]  # each identifies a delivery; empty: the type has none
@@ -1270,10 +1191,7 @@ class ReplayCache:
         self.reserved: set[bytes] = set()
 
     def reserve(self, keys: DedupKeys) -> bool:
-        """Reserve the keys of a delivery that is about to be stored; False if it is a duplicate.
-
-        Raises Refusal if the same delivery is being stored at this moment.
-        """
+        """Reserve the keys of a delivery that is about to be stored; False if it is a duplicate."""
         with self.lock:
             if not self.accepted.isdisjoint(keys):
                 return False
@@ -1291,10 +1209,9 @@ class ReplayCache:
         """Remember a delivery that was stored."""
         with self.lock:
             self.reserved.difference_update(keys)
-            if not keys or not self.accepted.isdisjoint(keys):
-                return
-            self.accepted.update(keys)
-            self.order.append(keys)
+            if keys and self.accepted.isdisjoint(keys):
+                self.accepted.update(keys)
+                self.order.append(keys)
             if len(self.order) > REMEMBERED_DELIVERIES:
                 self.accepted.difference_update(self.order.popleft())
 
@@ -1307,8 +1224,9 @@ class ReplayCache:
             return len(self.order) < REMEMBERED_DELIVERIES
 
 
-_LOG_LINE = re.compile(
-    rb'\{"received_at": "([^"]*)", "webhook": ("(?:[^"\\]|\\.)*"), .*"key": "([0-9a-f.]+)"\}\r?'
+_LOG_LINE = re.compile(  # when, which webhook, its dedup keys
+    rb'\{"received_at": "([^"]*)", "webhook": ("(?:[^"\\]|\\.)*"), .*'
+    rb'"key": "([0-9a-f]{32}(?:\.[0-9a-f]{32})*)"\}\r?'
 )
 
 
@@ -1330,9 +1248,8 @@ def restore_replay_caches(
 ) -> None:
     """Restore replay caches, by name of their webhook, from the end of a log.
 
-    Reads until all of them are full, or (unless `window_seconds` is 0) the lines are older than
-    any delivery that would be accepted, but at most 4 * REMEMBERED_DELIVERIES lines, which takes
-    about a second. Raises OutputError if the log cannot be read.
+    Reads until all are full, the lines are older than what would be accepted (unless the window is
+    0), or 4 * REMEMBERED_DELIVERIES lines are read (about a second). Raises OutputError.
     """
     wanted = {json.dumps(name).encode(): cache for name, cache in caches.items()}
     oldest = b""
@@ -1345,9 +1262,7 @@ def restore_replay_caches(
             if match and match[1] < oldest:
                 break
             has_lines = has_lines or bool(line)
-            if not match:
-                continue
-            with contextlib.suppress(KeyError, ValueError):  # another webhook; not hexadecimal
+            if match and match[2] in wanted:
                 keys = tuple(bytes.fromhex(part) for part in match[3].decode().split("."))
                 if not wanted[match[2]].restore(keys):
                     del wanted[match[2]]
