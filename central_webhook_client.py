@@ -41,6 +41,7 @@ import argparse
 import base64
 import binascii
 import collections
+import concurrent.futures
 import contextlib
 import difflib
 import email.utils
@@ -418,6 +419,14 @@ _UNSAFE = re.compile(
 )
 
 
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Numbers stay text: this only has to find out whether a text is JSON.
+_VALIDATOR = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)
+
+
 def find_repeated(names: Iterable[str]) -> list[str]:
     """Return the names that occur more than once, sorted."""
     return sorted(name for name, count in collections.Counter(names).items() if count > 1)
@@ -437,16 +446,13 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
             repeated.extend(find_repeated(name for name, _ in pairs))
         return value
 
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
     try:
         value = json.loads(
             text,
             object_pairs_hook=to_object,
             parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits,
             parse_float=lambda digits: float(digits) if math.isfinite(float(digits)) else digits,
-            parse_constant=refuse_constant,
+            parse_constant=_refuse_constant,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -457,9 +463,9 @@ def json_text(body: bytes) -> Optional[str]:
     """Return the body as text if it is JSON in UTF-8 (RFC 8259), without a BOM; else None."""
     try:
         text = body.decode("utf-8-sig")
-        parse_json(text)
+        _VALIDATOR.decode(text)
         return text
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -1063,9 +1069,7 @@ def http_request(
     if not is_loopback(host):
         opener.add_handler(urllib.request.ProxyHandler())
     deadline = time.monotonic() + seconds
-    timeout_error = TimeoutError(f"no whole answer within {seconds:g} s")
-    answers: list[tuple[int, bytes]] = []
-    errors: list[Exception] = [timeout_error]  # then that of the thread
+    result: concurrent.futures.Future[tuple[int, bytes]] = concurrent.futures.Future()
 
     def run() -> None:
         try:
@@ -1074,21 +1078,20 @@ def http_request(
                 while piece := answer.read1(MAX_ANSWER_BYTES + 1 - len(data)):
                     data += piece
                     if time.monotonic() > deadline:
-                        raise timeout_error
-                answers.append((answer.status, data))
+                        return
+                result.set_result((answer.status, data))
         except urllib.error.URLError as error:
-            errors.append(error.reason if isinstance(error.reason, OSError) else error)
+            result.set_exception(error.reason if isinstance(error.reason, OSError) else error)
         except Exception as error:
-            errors.append(error)
+            result.set_exception(error)
 
     # In a thread, since the look-up of a host has no timeout, and the timeout of a socket begins
     # anew with each byte: a server that drips its header would not end.
-    thread = threading.Thread(target=run, name="http_request", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not answers:
-        raise errors[-1]
-    return answers[0]
+    threading.Thread(target=run, name="http_request", daemon=True).start()
+    try:
+        return result.result(seconds)
+    except concurrent.futures.TimeoutError:
+        raise TimeoutError(f"no whole answer within {seconds:g} s") from None
 
 
 # ---- Replay protection ----------------------------------------------------------------------
