@@ -1227,8 +1227,8 @@ class ReplayCache:
             return len(self.order) < REMEMBERED_DELIVERIES
 
 
-_LOG_LINE = re.compile(  # when, which webhook, its dedup keys
-    rb'\{"received_at": "([^"]*)", "webhook": ("(?:[^"\\]|\\.)*"), .*'
+_LOG_LINE = re.compile(  # which webhook, its dedup keys
+    rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*'
     rb'"key": "([0-9a-f]{32}(?:\.[0-9a-f]{32})*)"\}\r?'
 )
 
@@ -1246,35 +1246,27 @@ def lines_from_end(path: str) -> Iterator[bytes]:
                 end = start - 1
 
 
-def restore_replay_caches(
-    path: str, caches: Mapping[str, ReplayCache], window_seconds: float, now: float
-) -> None:
+def restore_replay_caches(path: str, caches: Mapping[str, ReplayCache]) -> None:
     """Restore replay caches, by name of their webhook, from the end of a log.
 
-    Reads until all are full, the lines are older than what would be accepted (unless the window is
-    0), or 4 * REMEMBERED_DELIVERIES lines are read (about a second). Raises OutputError.
+    Reads until all are full, but at most 4 * REMEMBERED_DELIVERIES lines, which takes about a
+    second. Raises OutputError.
     """
     wanted = {json.dumps(name).encode(): cache for name, cache in caches.items()}
-    oldest = b""
-    if window_seconds:
-        oldest = format_utc(now - window_seconds - MAX_FUTURE_SECONDS).encode()
-    has_lines = False  # recent ones, or some of another program
     try:
         for line in itertools.islice(lines_from_end(path), 4 * REMEMBERED_DELIVERIES):
             match = _LOG_LINE.fullmatch(line)
-            if match and match[1] < oldest:
-                break
-            has_lines = has_lines or bool(line)
-            if match and match[2] in wanted:
-                keys = tuple(bytes.fromhex(part) for part in match[3].decode().split("."))
-                if not wanted[match[2]].restore(keys):
-                    del wanted[match[2]]
+            if match and match[1] in wanted:
+                keys = tuple(bytes.fromhex(part) for part in match[2].decode().split("."))
+                if not wanted[match[1]].restore(keys):
+                    del wanted[match[1]]
             if not wanted:
                 break
+        is_empty = not os.path.getsize(path)
     except OSError as error:
         raise OutputError(f"webclient_info.log_file: {path}: {error.strerror}") from None
     count = sum(len(cache.order) for cache in caches.values())
-    if count or not has_lines:
+    if count or is_empty:
         log.info("%d deliveries remembered from %s", count, path)
     else:
         advice = "was a webhook renamed, or is it the log of another program?"
@@ -2805,11 +2797,13 @@ class WebhookServer(ThreadingHTTPServer):
 
     def restore(self, webhooks: Iterable[ActiveWebhook], path: Optional[str]) -> None:
         """Restore the replay caches of webhooks from a log. Raises OutputError."""
-        webhooks = [webhook for webhook in webhooks if webhook.config.type not in NO_DEDUP]
-        if webhooks and path and os.path.exists(path):
-            caches = {webhook.config.name: webhook.replay_cache for webhook in webhooks}
-            windows = [webhook.config.replay_window_seconds for webhook in webhooks]
-            restore_replay_caches(path, caches, max(windows) if all(windows) else 0, time.time())
+        caches = {
+            webhook.config.name: webhook.replay_cache
+            for webhook in webhooks
+            if webhook.config.type not in NO_DEDUP
+        }
+        if caches and path and os.path.exists(path):
+            restore_replay_caches(path, caches)
 
     def reload(self, config: Config) -> None:
         """Swap in a new configuration, between two writes; what is remembered stays.
