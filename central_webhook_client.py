@@ -1823,11 +1823,10 @@ class Config:
 
 def parse_text(value: Any, pattern: str = ".+") -> str:
     """Accept a string that matches, without white space around it or control characters."""
-    if not isinstance(value, str) or value != value.strip() or _UNSAFE.search(value):
+    is_clean = isinstance(value, str) and value == value.strip() and not _UNSAFE.search(value)
+    if not is_clean or not re.fullmatch(pattern, value):
         raise ValueError
-    if not re.fullmatch(pattern, value):
-        raise ValueError
-    return value
+    return str(value)
 
 
 def number_parser(low: float, high: float, types: Any = (int, float)) -> Callable[[Any], Any]:
@@ -1994,6 +1993,7 @@ WEBCLIENT_OPTIONS = {
     "trusted_proxies": Option("an array of addresses and networks", parse_networks, LOCAL),
 }
 CENTRAL_OPTIONS = {"webhook": Option("an object or an array of objects")}
+ALTERNATIVES = (("token", "token_file"), ("header", "field"))  # one of each pair is given
 TOP_OPTIONS = {
     "webclient_info": Option("an object", default=REQUIRED, options=WEBCLIENT_OPTIONS),
     "central_info": Option("an object", default=REQUIRED, options=CENTRAL_OPTIONS),
@@ -2030,8 +2030,13 @@ def parse_options(
     for name in sorted(found.keys() - options.keys()):
         nearest = difflib.get_close_matches(name, options, 1, 0.0)[0]
         errors.append(f"{prefix}{name}: unknown key, the nearest known one is {nearest!r}")
-    values = {name: option.default for name, option in options.items()}
+    for first, second in ALTERNATIVES:
+        if first in options and (first in found) == (second in found):
+            both = "both" if first in found else "neither"
+            errors.append(f"{prefix}{first}: expected {first} or {second}, found {both}")
+    values = {}
     for name, option in options.items():
+        values[name] = option.default
         if name in found or option.default is REQUIRED:
             values[name] = parse_option(found.get(name), prefix + name, option, errors)
     return values
@@ -2045,10 +2050,7 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
         return None
     tokens = values["token"]
     token_file = None
-    given = found.keys() & {"token", "token_file"}
-    if len(given) != 1:
-        errors.append(f"{where}.token: expected token or token_file, found {len(given)} of them")
-    elif values["token_file"]:
+    if values["token_file"] and "token" not in found:
         token_file = os.path.join(folder, values["token_file"])
         tokens = parse_option(token_file, f"{where}.token_file", TOKEN_FILE, errors)
     webhook_type = values["type"]
@@ -2061,11 +2063,8 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
     headers = list(SIGNATURE_HEADERS.get(webhook_type, ()))
     api_key = None
     if values["api_key"]:
-        header, field, secrets = values["api_key"].values()
-        given = found["api_key"].keys() & {"header", "field"}
-        if len(given) != 1:
-            errors.append(f"{where}.api_key: expected header or field, found {len(given)} of them")
-        api_key = ApiKey((header or "").lower(), field or "", secrets)
+        given = values["api_key"]
+        api_key = ApiKey((given["header"] or "").lower(), given["field"] or "", given["value"])
         headers.append(api_key.header)
     oidc = None
     if values["oidc"]:
@@ -2123,9 +2122,8 @@ def diagnose_json(error: json.JSONDecodeError) -> str:
     found = text[error.pos : error.pos + 1]
     line = text.split("\n")[error.lineno - 1]
     problem = error.msg[0].lower() + error.msg[1:]
-    if "trailing comma" in error.msg or (
-        found in ("}", "]") and text[: error.pos].rstrip().endswith(",")
-    ):
+    is_last_comma = found in ("}", "]") and text[: error.pos].rstrip().endswith(",")
+    if is_last_comma or "trailing comma" in error.msg:  # Python 3.13 names it
         error = json.JSONDecodeError("", text, text.rfind(",", 0, error.pos + 1))
         problem = "a comma after the last entry"
     elif found in ("/", "#"):
@@ -2161,11 +2159,8 @@ def read_config(data: bytes, folder: str = "") -> Config:
         raise ConfigError(f"not JSON: {error}") from None
     errors = [f"{name}: the key is repeated" for name in repeated]
     top = parse_options(parsed, "", TOP_OPTIONS, errors)
-    if not top:
-        raise ConfigError(*errors)
-    webhooks: tuple[Webhook, ...] = ()
-    if top["central_info"]:
-        webhooks = load_webhooks(top["central_info"]["webhook"], folder, errors)
+    central = top.get("central_info")
+    webhooks = load_webhooks(central["webhook"], folder, errors) if central else ()
     if errors:
         raise ConfigError(*errors)
     webclient = top["webclient_info"]
@@ -2182,14 +2177,13 @@ def load_config(path: str) -> Config:
     try:
         with open(path, "rb") as file:
             config = read_config(file.read(), os.path.dirname(path))
+        secret_files = {webhook.token_file or path for webhook in config.webhooks}
+        secret_files.update(path for webhook in config.webhooks if webhook.api_key)
+        for name in sorted(secret_files):
+            warn_if_readable(name)
+        return config
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
-    secret_files = {webhook.token_file or path for webhook in config.webhooks}
-    if any(webhook.api_key for webhook in config.webhooks):
-        secret_files.add(path)
-    for name in sorted(secret_files):
-        warn_if_readable(name)
-    return config
 
 
 def warn_if_readable(path: str) -> None:
@@ -3116,14 +3110,12 @@ def serve(server: WebhookServer, path: str) -> int:
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     notify("READY=1")
     while True:
-        try:
+        with contextlib.suppress(queue.Empty):
             # Not for ever: a signal that arrives just before it waits would not wake it up.
             event = server.events.get(timeout=0.5)
-        except queue.Empty:
-            continue
-        if event not in RELOAD_SIGNALS:
-            break
-        reload_config(server, path)
+            if event not in RELOAD_SIGNALS:
+                break
+            reload_config(server, path)
     notify("STOPPING=1")
     server.stop()
     if server.output.stdout_closed:
@@ -3147,7 +3139,7 @@ def stay_on_one_processor() -> None:
 
 # ---- Command line ---------------------------------------------------------------------------
 
-SAMPLE = {  # as classic Central sends it; the other senders' signatures do not depend on it
+SAMPLE = {  # as classic Central sends it; the samples of all other types have the same body
     "id": "AWsample0001",
     "alert_type": "AP disconnected",
     "state": "Open",
@@ -3172,8 +3164,8 @@ def sign_sample(
     body = json.dumps(payload).encode()
     token = webhook.tokens[0].encode()
     if webhook.public_url:
-        components = '("@method" "@target-uri" "@authority" "@scheme" "@path" "date")'
-        text = f"sig1={components};created={int(now)}"
+        components = '"@method" "@target-uri" "@authority" "@scheme" "@path" "date"'
+        text = f"sig1=({components});created={int(now)}"
         covered = StructuredField(text).parse_dictionary()["sig1"]
         request = Request("POST", "", query, "HTTP/1.1", headers, frozenset())
         base = signature_base(request, covered, webhook.public_url.spellings[0])
@@ -3278,9 +3270,7 @@ def fail(message: str, code: int) -> int:
 
 def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line; exits with 2 on wrong usage."""
-    parser = argparse.ArgumentParser(
-        PROGRAM, description="Receive webhook alerts of Aruba Central, verify and store them."
-    )
+    parser = argparse.ArgumentParser(PROGRAM, description="Receive alerts of HPE Aruba Central.")
     add = parser.add_argument
     add("-i", "--input", metavar="FILE", help="the configuration, see input_info.json.example")
     mode = parser.add_mutually_exclusive_group().add_argument
@@ -3296,7 +3286,7 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add("--version", action="version", version=f"{PROGRAM} {VERSION}")
     options = parser.parse_args(argv)
     if bool(options.input) == options.demo:
-        parser.error("--demo takes no -i" if options.demo else "expected -i FILE, or --demo")
+        parser.error("expected either -i FILE or --demo")
     if options.send_sample is None and (options.webhook or options.header):
         parser.error("--webhook and --header need --send-sample")
     return options
@@ -3313,17 +3303,12 @@ def choose_render(output_format: str) -> Callable[[Delivery], str]:
 
 def check_handle_alert() -> None:
     """Check that `handle_alert` is None or a function that runs when called. Raises StartError."""
-    never_run = (
-        inspect.iscoroutinefunction,
-        inspect.isasyncgenfunction,
-        inspect.isgeneratorfunction,
-    )
+    tests = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
     call = getattr(handle_alert, "__call__", None)  # noqa: B004
-    if any(is_one(handle_alert) or is_one(call) for is_one in never_run):
-        found = "a coroutine function or a generator, which would never run"
-        raise StartError(f"handle_alert: expected a function, found {found}")
-    if handle_alert is not None and not callable(handle_alert):
-        raise StartError(f"handle_alert: expected a function, found {handle_alert!r}")
+    never_runs = any(test(handle_alert) or test(call) for test in tests)
+    if never_runs or not (handle_alert is None or callable(handle_alert)):
+        expected = "a function that is neither async nor a generator"
+        raise StartError(f"handle_alert: expected {expected}, found {handle_alert!r}")
 
 
 def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
@@ -3349,9 +3334,8 @@ def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
     shown = f"{address[0]} port {address[1]}" if isinstance(address, tuple) else f"{address}"
     webhooks = ", ".join(map(describe_webhook, config.webhooks))
     outputs = f"stdout, {config.log_file}" if config.log_file else "stdout"
-    log.info(
-        "%s %s listens on %s", PROGRAM, VERSION, f"{shown}; webhooks: {webhooks}; output: {outputs}"
-    )
+    text = f"listens on {shown}; webhooks: {webhooks}; output: {outputs}"
+    log.info("%s %s %s", PROGRAM, VERSION, text)
     return serve(server, path)
 
 

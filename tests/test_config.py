@@ -305,7 +305,10 @@ class Mistakes(Called):
             (f"{key}.header", api_key(header=value))
             for value in ("X Key", "X-Key:", "X-K\xe9y", "X\n")
         ]
-        table += [(key, api_key(header=NOTHING)), (key, api_key(field="apiKey"))]
+        table += [
+            (f"{key}.header", api_key(header=NOTHING)),
+            (f"{key}.header", api_key(field="apiKey")),
+        ]
         self.assert_mistakes(table)
         for value in (
             SECRET,
