@@ -2096,24 +2096,23 @@ def load_webhooks(found: Any, folder: str, errors: list[str]) -> tuple[Webhook, 
     items = {where: found}
     if found and isinstance(found, list):
         items = {f"{where}[{index}]": item for index, item in enumerate(found)}
-    webhooks = []  # those without errors
+    webhooks = {}  # those without errors, by place
     names = []
     for key, item in items.items():
         webhook = load_webhook(item, key, folder, errors)
         if webhook:
-            webhooks.append(webhook)
+            webhooks[key] = webhook
         if isinstance(item, dict):
             names.append(item.get("name"))
             if "name" not in item and len(items) > 1:
                 errors.append(f"{key}.name: expected a name, since there are several webhooks")
     for name in find_repeated(name for name in names if name and isinstance(name, str)):
         errors.append(f"{where}: expected different names, found {json.dumps(name)} repeated")
-    for one, other in itertools.combinations(webhooks, 2):
+    for (place, one), (key, other) in itertools.combinations(webhooks.items(), 2):
         is_same_path = None in (one.path, other.path) or one.path == other.path
         if one.type == other.type and is_same_path and set(one.tokens) & set(other.tokens):
-            pair = f"{json.dumps(one.name)} and {json.dumps(other.name)}"
-            errors.append(f"{where}: expected another path or token, found the same in {pair}")
-    return tuple(webhooks)
+            errors.append(f"{key}: expected another path or token, found that of {place}")
+    return tuple(webhooks.values())
 
 
 def diagnose_json(error: json.JSONDecodeError) -> str:

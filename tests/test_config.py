@@ -429,7 +429,7 @@ class Mistakes(Called):
             with self.subTest(first=first, second=second):
                 lines = self.mistakes(pair(first, second))
                 self.assertEqual(len(lines), 1, lines)
-                self.assertIn(f"{HOOK}: expected another path or token", lines[0])
+                self.assertIn(f"{HOOK}[1]: expected another path or token", lines[0])
         for second in ({"path": "/b"}, {"token": SECRET + "2"}, {"type": "mist"}):
             with self.subTest(second=second):
                 self.assertEqual(self.check(pair({}, second))[0], 0)
