@@ -1931,18 +1931,10 @@ def load_tokens(path: str) -> tuple[str, ...]:
             lines = file.read(1024 * 1024).split("\n")
     except OSError as error:
         # Security: show the folder only; the name may be a token, put there by mistake.
-        raise ValueError(f"none in {os.path.dirname(path)!r}: {error.strerror}") from None
+        raise ValueError(f"none in {os.path.dirname(path) or '.'}: {error.strerror}") from None
     return parse_secrets([line for line in lines if line and not line.startswith("#")])
 
 
-SIGNATURE_HEADERS = {
-    "central": [
-        f"x-central-{part}"
-        for part in ("signature", "service", "delivery-id", "delivery-timestamp")
-    ],
-    "new-central": ["signature", "signature-input"],
-    **{name: [scheme.header] for name, scheme in HEADER_SIGNATURES.items()},
-}
 REQUIRED = object()  # as a default
 
 
@@ -2019,10 +2011,7 @@ def parse_option(value: Any, where: str, option: Option, errors: list[str]) -> A
 def parse_options(
     found: Any, where: str, options: Mapping[str, Option], errors: list[str]
 ) -> dict[str, Any]:
-    """Return the value of each option: as parsed, the default if it is missing, None if wrong.
-
-    `where` names the object in `errors`. The result is empty if `found` is not an object.
-    """
+    """Return the value of each option, None if it is wrong; {} if `found` is not an object."""
     if not isinstance(found, dict):
         errors.append(f"{where or 'the file'}: expected an object, found {describe_type(found)}")
         return {}
@@ -2042,9 +2031,17 @@ def parse_options(
     return values
 
 
+_PARTS = ("signature", "service", "delivery-id", "delivery-timestamp")
+SIGNATURE_HEADERS = {  # by type: no other check can use them
+    "central": [f"x-central-{part}" for part in _PARTS],
+    "new-central": ["signature", "signature-input"],
+    **{name: [scheme.header] for name, scheme in HEADER_SIGNATURES.items()},
+}
+
+
 def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Optional[Webhook]:
     """Load one webhook, and its `token_file`, relative to `folder`; None if there are errors."""
-    count = len(errors)
+    errors_before = len(errors)
     values = parse_options(found, where, WEBHOOK_OPTIONS, errors)
     if not values:
         return None
@@ -2074,7 +2071,7 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
         headers.append("authorization")
     for header in find_repeated(headers):
         errors.append(f"{where}: expected one check for each header, found two of {header}")
-    if len(errors) > count:
+    if len(errors) > errors_before:
         return None
     window = 3600 * values["replay_window_hours"]
     return Webhook(
@@ -2098,20 +2095,21 @@ def load_webhooks(found: Any, folder: str, errors: list[str]) -> tuple[Webhook, 
         items = {f"{where}[{index}]": item for index, item in enumerate(found)}
     webhooks = {}  # those without errors, by place
     names = []
-    for key, item in items.items():
-        webhook = load_webhook(item, key, folder, errors)
+    for place, item in items.items():
+        webhook = load_webhook(item, place, folder, errors)
         if webhook:
-            webhooks[key] = webhook
+            webhooks[place] = webhook
         if isinstance(item, dict):
             names.append(item.get("name"))
             if "name" not in item and len(items) > 1:
-                errors.append(f"{key}.name: expected a name, since there are several webhooks")
+                errors.append(f"{place}.name: expected a name, since there are several webhooks")
     for name in find_repeated(name for name in names if name and isinstance(name, str)):
         errors.append(f"{where}: expected different names, found {json.dumps(name)} repeated")
-    for (place, one), (key, other) in itertools.combinations(webhooks.items(), 2):
-        is_same_path = None in (one.path, other.path) or one.path == other.path
-        if one.type == other.type and is_same_path and set(one.tokens) & set(other.tokens):
-            errors.append(f"{key}: expected another path or token, found that of {place}")
+    for (other_place, other), (place, webhook) in itertools.combinations(webhooks.items(), 2):
+        is_same_path = None in (other.path, webhook.path) or other.path == webhook.path
+        has_same_token = not set(other.tokens).isdisjoint(webhook.tokens)
+        if webhook.type == other.type and is_same_path and has_same_token:
+            errors.append(f"{place}: expected another path or token, found that of {other_place}")
     return tuple(webhooks.values())
 
 
@@ -2169,10 +2167,7 @@ def read_config(data: bytes, folder: str = "") -> Config:
 
 
 def load_config(path: str) -> Config:
-    """Load a configuration file, and warn about files with secrets that others can read.
-
-    Raises ConfigError: one argument for each error.
-    """
+    """Load a configuration; warn if others can read its secrets. Raises ConfigError."""
     try:
         with open(path, "rb") as file:
             config = read_config(file.read(), os.path.dirname(path))
@@ -2186,13 +2181,11 @@ def load_config(path: str) -> Config:
 
 
 def warn_if_readable(path: str) -> None:
-    """Warn if others than its owner can read a file with secrets.
-
-    Not below the folders of systemd and of containers: the operator does not set permissions there.
-    """
+    """Warn if others than its owner can read a file with secrets."""
     if os.name != "posix" or not os.stat(path).st_mode & (stat.S_IRGRP | stat.S_IROTH):
         return
     real_path = os.path.realpath(path)
+    # Those of containers and of systemd, where the operator does not set permissions.
     for folder in ("/run/secrets", os.environ.get("CREDENTIALS_DIRECTORY")):
         if folder and real_path.startswith(os.path.realpath(folder) + os.sep):
             return
@@ -3150,10 +3143,9 @@ SAMPLE = {  # as classic Central sends it; the samples of all other types have t
 }
 
 
-def sign_sample(
-    webhook: Webhook, query: Optional[str], number: int, now: float
-) -> tuple[dict[str, str], bytes]:
-    """Return the headers and the body of a sample alert, signed with the first token."""
+def sign_sample(webhook: Webhook, url: str, number: int) -> tuple[dict[str, str], bytes]:
+    """Return the headers and the body of a sample alert for `url`, signed with the first token."""
+    now = time.time()
     payload = {**SAMPLE, "timestamp": int(now), "time": format_utc(now), "sample": number}
     headers = {"content-type": JSON, "date": email.utils.formatdate(now, usegmt=True)}
     if webhook.api_key and webhook.api_key.header:
@@ -3166,6 +3158,7 @@ def sign_sample(
         components = '"@method" "@target-uri" "@authority" "@scheme" "@path" "date"'
         text = f"sig1=({components});created={int(now)}"
         covered = StructuredField(text).parse_dictionary()["sig1"]
+        query = url.partition("?")[2] or None
         request = Request("POST", "", query, "HTTP/1.1", headers, frozenset())
         base = signature_base(request, covered, webhook.public_url.spellings[0])
         headers["signature-input"] = text
@@ -3198,7 +3191,7 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
         return fail("--send-sample: expected a URL, since port 0 is any free port", EXIT_USAGE)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = url or f"http://{format_host(host)}:{config.port}{webhook.path or '/centralwebhook'}"
-    headers, body = sign_sample(webhook, url.partition("?")[2] or None, 1, time.time())
+    headers, body = sign_sample(webhook, url, 1)
     for line in header_lines:
         field_name, colon, value = line.partition(":")
         if not colon or not re.fullmatch(FIELD_NAME, field_name):
@@ -3229,7 +3222,7 @@ def run_demo(render: Callable[[Delivery], str]) -> int:
     print_error(f"a receiver with a throw-away token listens on {url}")
     statuses = []
     for number in range(1, 5):
-        headers, body = sign_sample(config.webhooks[0], None, number, time.time())
+        headers, body = sign_sample(config.webhooks[0], url, number)
         title = f"signed alert {number}"
         if number == 4:
             title = "forged alert, one word of its body changed"
@@ -3242,10 +3235,7 @@ def run_demo(render: Callable[[Delivery], str]) -> int:
 
 
 def check_config(config: Config) -> int:
-    """Say what a start would do, and check that it could, short of taking the port.
-
-    Raises OutputError, StartError: it could not.
-    """
+    """Say what a start would do, and check that it could. Raises OutputError, StartError."""
     log_file = config.log_file or "none, so a 200 is only as safe as what reads stdout"
     lines = [f"host: {config.host}; port: {config.port}", f"log_file: {log_file}"]
     for line in (*lines, *map(describe_webhook, config.webhooks)):
@@ -3277,8 +3267,9 @@ def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     sample = "send a signed sample alert to URL (default: the configured address) and exit"
     mode("--send-sample", nargs="?", const="", metavar="URL", help=sample)
     mode("--demo", action="store_true", help="show the receiver at work; needs no configuration")
-    add("--webhook", metavar="NAME", help="that the sample is for")
-    add("--header", metavar="'NAME: VALUE'", action="append", default=[], help="of the sample")
+    add("--webhook", metavar="NAME", help="the webhook of the sample, if there are several")
+    header = "a header to add to the sample, for example an access token"
+    add("--header", metavar="'NAME: VALUE'", action="append", default=[], help=header)
     formats = "format of stdout; auto: pretty on a terminal, otherwise JSON Lines"
     add("--format", choices=("auto", "pretty", "json"), default="auto", help=formats)
     add("-v", "--verbose", action="store_true", help="log more")
@@ -3311,10 +3302,7 @@ def check_handle_alert() -> None:
 
 
 def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
-    """Open the outputs, bind, restore the replay caches, and serve until told to stop.
-
-    Raises OutputError, StartError: it cannot serve.
-    """
+    """Open the outputs, bind, restore the replay caches, serve. Raises OutputError, StartError."""
     check_handle_alert()
     for number in STOP_SIGNALS:  # until it serves
         signal.signal(number, lambda number, frame: os._exit(0))
@@ -3333,8 +3321,8 @@ def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
     shown = f"{address[0]} port {address[1]}" if isinstance(address, tuple) else f"{address}"
     webhooks = ", ".join(map(describe_webhook, config.webhooks))
     outputs = f"stdout, {config.log_file}" if config.log_file else "stdout"
-    text = f"listens on {shown}; webhooks: {webhooks}; output: {outputs}"
-    log.info("%s %s %s", PROGRAM, VERSION, text)
+    text = "%s %s listens on %s; webhooks: %s; output: %s"
+    log.info(text, PROGRAM, VERSION, shown, webhooks, outputs)
     return serve(server, path)
 
 
