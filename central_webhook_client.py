@@ -2031,9 +2031,9 @@ def parse_options(
     return values
 
 
-_PARTS = ("signature", "service", "delivery-id", "delivery-timestamp")
+_CENTRAL_PARTS = ("signature", "service", "delivery-id", "delivery-timestamp")
 SIGNATURE_HEADERS = {  # by type: no other check can use them
-    "central": [f"x-central-{part}" for part in _PARTS],
+    "central": [f"x-central-{part}" for part in _CENTRAL_PARTS],
     "new-central": ["signature", "signature-input"],
     **{name: [scheme.header] for name, scheme in HEADER_SIGNATURES.items()},
 }
