@@ -162,7 +162,7 @@ class CheckConfig(Called):
             self.assertIn("a 200 is only as safe as what reads stdout", lines[1])
             for name, line in zip(names, lines[2:]):
                 self.assertTrue(line.startswith(name), line)
-            self.assertIn("BODY NOT PROTECTED", lines[4])
+            self.assertIn("body not protected", lines[4])
 
     def test_it_binds_nothing_and_makes_no_file(self):
         with socket.socket() as other:

@@ -258,7 +258,7 @@ class Mistakes(Called):
     def test_the_wrong_one_of_several_tokens_is_named(self):
         lines = self.mistakes(hook(token=[SECRET, "", SECRET + "2", 5]))
         self.assertEqual(len(lines), 1)
-        self.assertIn("[1]: an empty string, [3]: another type", lines[0])
+        self.assertIn("[1]: nothing, [3]: another type", lines[0])
 
     def test_of_public_url(self):
         key = f"{HOOK}.public_url"
@@ -305,7 +305,10 @@ class Mistakes(Called):
             (f"{key}.header", api_key(header=value))
             for value in ("X Key", "X-Key:", "X-K\xe9y", "X\n")
         ]
-        table += [(key, api_key(header=NOTHING)), (key, api_key(field="apiKey"))]
+        table += [
+            (f"{key}.header", api_key(header=NOTHING)),
+            (f"{key}.header", api_key(field="apiKey")),
+        ]
         self.assert_mistakes(table)
         for value in (
             SECRET,
@@ -561,15 +564,15 @@ class Mistakes(Called):
             (good.replace('"127.0.0.1"', '"C:\\alerts"'), "line 3 column 16", "backslash"),
             (good.replace('"127.0.0.1"', '"C:\\users"'), "line 3", "backslash"),
             (good.replace('"127.0.0.1"', '"127.0.0.1'), "line 3", "closing quote"),
-            (good.replace(",", "", 1), "line 4 column 5", "expected a comma"),
-            (good.replace(":", "", 1), "line 2 column 20", "expected a colon"),
-            (good.replace('"host"', "host"), "line 3 column 5", "a key in double quotes"),
-            (good.replace('"127.0.0.1"', "True"), "line 3 column 13", "expected a value"),
-            (good + "}", "line 13 column 2", "text after the end"),
-            (good[:-1], "line 13 column 1", "ends too early"),
-            ("{", "line 1 column 2", "ends too early"),
-            ("", "line 1 column 1", "ends too early"),
-            ("\n\n", "line 3 column 1", "ends too early"),
+            (good.replace(",", "", 1), "line 4 column 5", "expecting ',' delimiter"),
+            (good.replace(":", "", 1), "line 2 column 20", "expecting ':' delimiter"),
+            (good.replace('"host"', "host"), "line 3 column 5", "name enclosed in double quotes"),
+            (good.replace('"127.0.0.1"', "True"), "line 3 column 13", "expecting value"),
+            (good + "}", "line 13 column 2", "extra data"),
+            (good[:-1], "line 13 column 1", "expecting ',' delimiter"),
+            ("{", "line 1 column 2", "name enclosed in double quotes"),
+            ("", "line 1 column 1", "expecting value"),
+            ("\n\n", "line 3 column 1", "expecting value"),
             (good.encode("utf-16"), "", "UTF-16: save the file as UTF-8"),
             (good.encode("utf-16-le"), "", "UTF-16: save the file as UTF-8"),
             (good.encode().replace(b"noc", b"n\xff"), "line 8", "save the file as UTF-8"),
