@@ -79,16 +79,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import (
-    Any,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-)
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence
 
 if sys.platform != "win32":
     import fcntl
@@ -1232,7 +1223,7 @@ _LOG_LINE = re.compile(  # which webhook, its dedup keys
 )
 
 
-def lines_from_end(path: str) -> Iterator[bytes]:
+def lines_from_end(path: str) -> Iterable[bytes]:
     """Yield the lines of a file, the last one first, without their line feeds."""
     with open(path, "rb") as file:
         if not file.seek(0, os.SEEK_END):
@@ -2998,7 +2989,7 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     headers, body = sign_sample(webhook, url, 1)
     for line in header_lines:
         field_name, colon, value = line.partition(":")
-        if not colon or not re.fullmatch(FIELD_NAME, field_name):
+        if not colon or not re.fullmatch(FIELD_NAME, field_name) or _UNSAFE.search(value):
             return fail("--header: expected 'Name: value'", EXIT_USAGE)
         headers[field_name.lower()] = value.strip()
     started = time.monotonic()
