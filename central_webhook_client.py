@@ -1360,6 +1360,9 @@ def open_log(path: str) -> int:
         raise OutputError(f"webclient_info.log_file: {path}: {error.strerror}") from None
 
 
+sync_file = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
+
 class LogFile:
     """The log of accepted deliveries. It is append-only: it never shrinks, no byte changes.
 
@@ -1374,7 +1377,7 @@ class LogFile:
         try:
             if sys.platform != "win32":
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.fsync(self.descriptor)  # what is there will be answered with 200 as a duplicate
+            sync_file(self.descriptor)  # what is there will be answered with 200 as a duplicate
         except OSError as error:
             os.close(self.descriptor)
             in_use = isinstance(error, BlockingIOError)
@@ -1408,7 +1411,7 @@ class LogFile:
         # A line that lacks nothing but its line feed is stored: the next write begins with it.
         stored = data.count(b"\n", len(start), written + 1)
         try:
-            getattr(os, "fdatasync", os.fsync)(self.descriptor)  # macOS has no fdatasync
+            sync_file(self.descriptor)
         except OSError as error:
             return 0, f"{self.path}: {error.strerror}"
         return stored, failure
