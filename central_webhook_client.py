@@ -20,12 +20,15 @@ The sections (`grep '^# ----'` prints this map):
     Errors
     Verify a signature of classic Central: the part to copy
     Your own code
+    Requests
     Signatures of the other senders, API key
     JSON
+    URLs and HTTP client
     HTTP message signatures (RFC 9421)
     OIDC access tokens
     Replay protection
     Output
+    Logging
     Configuration
     Checking a delivery
     HTTP parsing
@@ -126,7 +129,7 @@ ACCESS_TOKEN_LEEWAY_SECONDS = 60
 
 # ---- Errors ---------------------------------------------------------------------------------
 
-REFUSALS = {  # reason, in the log and the metrics: status
+STATUS_BY_REASON = {  # reason, in the log and the metrics: status
     "malformed": 400,
     "signature": 401,
     "api_key": 401,
@@ -152,7 +155,7 @@ class Refusal(Exception):
     """A request is not accepted. The detail is for the log, never for the sender."""
 
     def __init__(self, reason: str, detail: str, webhook: str = "") -> None:
-        """Set the reason, a key of REFUSALS, and the name of the webhook, if one is known."""
+        """Set the reason (see STATUS_BY_REASON), and the name of the webhook, if it is known."""
         super().__init__(detail)
         self.reason = reason
         self.webhook = webhook
@@ -163,7 +166,7 @@ class OutputError(Exception):
 
 
 class ConfigError(Exception):
-    """The configuration is wrong; one argument for each error."""
+    """The configuration is wrong; `args` has one message for each error."""
 
 
 class StartError(Exception):
@@ -235,7 +238,7 @@ class Delivery(NamedTuple):
 
     @property
     def payload(self) -> Any:
-        """The body as Python objects; None if it is not JSON, or nested too deeply."""
+        """The body as Python objects, parsed at each use; None if it is not JSON or too deep."""
         try:
             return None if self.text is None else parse_json(self.text)[0]
         except ValueError:
@@ -248,7 +251,7 @@ def post_to_slack(delivery: Delivery) -> None:
     An example, for Slack and Mattermost. Set `handle_alert = post_to_slack` to use it.
     """
     alert = summarize(delivery.payload)
-    state = alert.state.upper()  # so that Open and Close do not look alike
+    state = alert.state.upper()  # it tells the all-clear from the alarm
     text = f"{state} {alert.severity}: {alert.name} {alert.device} {alert.description}"
     text = html.escape(f"[{delivery.webhook}] {text}", quote=False)
     message = {"text": text.replace("@", "@\u200b")}  # @channel would call everybody
@@ -285,7 +288,7 @@ def summarize(payload: Any) -> Summary:
         if isinstance(nested, dict):
             sources.append(nested)
 
-    def first(*names: str) -> str:
+    def first(*names: str) -> str:  # an earlier name goes before an outer object
         for name in names:
             for source in sources:
                 value = source.get(name)
@@ -308,25 +311,7 @@ def summarize(payload: Any) -> Summary:
     )
 
 
-# ---- Signatures of the other senders, API key -----------------------------------------------
-
-
-class HeaderSignature(NamedTuple):
-    """How a sender signs the body with HMAC-SHA256 into one header."""
-
-    header: str  # lower case
-    prefix: str
-    encode: Callable[[bytes], bytes]
-
-
-HEADER_SIGNATURES = {  # to add a sender of this kind, add a row
-    "ip-fabric": HeaderSignature("x-ipf-signature", "", binascii.hexlify),
-    "mist": HeaderSignature("x-mist-signature-v2", "", binascii.hexlify),
-    "bracken": HeaderSignature("authorization", "HMACSHA256 ", base64.b64encode),
-    "entrupy": HeaderSignature("entrupy-signature", "SHA256:", base64.b64encode),
-}
-TYPES = ("central", "new-central", *HEADER_SIGNATURES)
-NO_DEDUP = ("bracken", "entrupy")  # nothing distinguishes a replay from an event that recurs
+# ---- Requests -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -350,6 +335,27 @@ class Verified(NamedTuple):
 
     token_index: int  # position of the token that matched
     sent_at: Optional[float]  # the signed time in epoch seconds; None if it is not understood
+
+
+# ---- Signatures of the other senders, API key -----------------------------------------------
+
+
+class HeaderSignature(NamedTuple):
+    """How a sender signs the body with HMAC-SHA256 into one header."""
+
+    header: str  # lower case
+    prefix: str
+    encode: Callable[[bytes], bytes]
+
+
+HEADER_SIGNATURES = {  # to add a sender of this kind, add a row
+    "ip-fabric": HeaderSignature("x-ipf-signature", "", binascii.hexlify),
+    "mist": HeaderSignature("x-mist-signature-v2", "", binascii.hexlify),
+    "bracken": HeaderSignature("authorization", "HMACSHA256 ", base64.b64encode),
+    "entrupy": HeaderSignature("entrupy-signature", "SHA256:", base64.b64encode),
+}
+TYPES = ("central", "new-central", *HEADER_SIGNATURES)
+NO_DEDUP = ("bracken", "entrupy")  # nothing distinguishes a replay from an event that recurs
 
 
 def verify_header_signature(request: Request, scheme: HeaderSignature, token: str) -> None:
@@ -499,6 +505,80 @@ def guess_format(body: bytes) -> str:
     return next(name for beginning, name in _FORMATS if re.match(beginning, body))
 
 
+# ---- URLs and HTTP client -------------------------------------------------------------------
+
+
+def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
+    """Split an http or https URL; return its host in lower case as well. Raises ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    is_ascii = re.fullmatch("https?://[!-~]+", url, re.IGNORECASE)
+    if not is_ascii or not parts.hostname or parts.port == 0 or "@" in parts.netloc or "#" in url:
+        raise ValueError("expected an http or https URL in ASCII without user and fragment")
+    return parts, parts.hostname
+
+
+def without_port(authority: str) -> str:
+    """Return the host of an authority, as it is written there."""
+    return re.sub(":[0-9]*$", "", authority)
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if a host name or address is this machine's own."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+HTTP_ERRORS = (OSError, ValueError, RuntimeError, http.client.HTTPException)
+
+
+def http_request(
+    method: str, url: str, headers: Mapping[str, str], body: Optional[bytes], seconds: float
+) -> tuple[int, bytes]:
+    """Send a request; return the status, and the body up to MAX_ANSWER_BYTES + 1.
+
+    Returns within `seconds`. Redirects are not followed. Proxies are those of the environment
+    (HTTPS_PROXY, NO_PROXY), but a loopback address is never reached through one.
+
+    Raises HTTP_ERRORS: no answer arrived in time.
+    """
+    _, host = split_url(url)
+    headers = {"User-Agent": f"{PROGRAM}/{VERSION}", **headers}
+    request = urllib.request.Request(url, body, headers, method=method)
+    opener = urllib.request.OpenerDirector()  # without the usual handlers of redirects and errors
+    opener.add_handler(urllib.request.HTTPHandler())
+    opener.add_handler(urllib.request.HTTPSHandler())
+    opener.add_handler(urllib.request.UnknownHandler())
+    if not is_loopback(host):
+        opener.add_handler(urllib.request.ProxyHandler())
+    deadline = time.monotonic() + seconds
+    result: concurrent.futures.Future[tuple[int, bytes]] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            with opener.open(request, timeout=seconds) as answer:
+                data = b""
+                while piece := answer.read1(MAX_ANSWER_BYTES + 1 - len(data)):
+                    data += piece
+                    if time.monotonic() > deadline:
+                        return
+                result.set_result((answer.status, data))
+        except urllib.error.URLError as error:
+            result.set_exception(error.reason if isinstance(error.reason, OSError) else error)
+        except Exception as error:
+            result.set_exception(error)
+
+    # In a thread, since the look-up of a host has no timeout, and the timeout of a socket begins
+    # anew with each byte: a server that drips its header would not end.
+    threading.Thread(target=run, name="http_request", daemon=True).start()
+    try:
+        return result.result(seconds)
+    except concurrent.futures.TimeoutError:
+        raise TimeoutError(f"no whole answer within {seconds:g} s") from None
+
+
 # ---- HTTP message signatures (RFC 9421) -----------------------------------------------------
 
 
@@ -609,25 +689,6 @@ class PublicUrl(NamedTuple):
     spellings: tuple[UrlParts, ...]  # those that a signer may use: as typed, ..., normalized
 
 
-def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
-    """Split an http or https URL; return its host in lower case as well. Raises ValueError."""
-    parts = urllib.parse.urlsplit(url)
-    is_ascii = re.fullmatch("https?://[!-~]+", url, re.IGNORECASE)
-    if not is_ascii or not parts.hostname or parts.port == 0 or "@" in parts.netloc or "#" in url:
-        raise ValueError("expected an http or https URL in ASCII without user and fragment")
-    return parts, parts.hostname
-
-
-def format_host(host: str) -> str:
-    """Return a host as it is written in a URL: IPv6 addresses in brackets."""
-    return f"[{host}]" if ":" in host else host
-
-
-def without_port(authority: str) -> str:
-    """Return the host of an authority, as it is written there."""
-    return re.sub(":[0-9]*$", "", authority)
-
-
 def parse_public_url(url: Any) -> PublicUrl:
     """Parse the URL as typed into Central. Raises ValueError, see `split_url`.
 
@@ -636,14 +697,14 @@ def parse_public_url(url: Any) -> PublicUrl:
     """
     parts, _ = split_url(parse_text(url))
     typed = parts.netloc
-    normalized = without_port(typed)
+    normalized = without_port(typed).lower()
     if parts.port not in (None, {"http": 80, "https": 443}[parts.scheme]):
         normalized += f":{parts.port}"
     schemes = [url.partition(":")[0], parts.scheme]
-    authorities = [typed, typed.lower(), normalized, normalized.lower()]
+    authorities = [typed, typed.lower(), normalized]
     paths = [parts.path, parts.path or "/"]
-    urls = itertools.product(schemes, authorities, paths)
-    targets = [f"{scheme}://{authority}{path}" for scheme, authority, path in urls]
+    origins = [f"{schemes[0]}://{typed}", *(f"{parts.scheme}://{name}" for name in authorities[1:])]
+    targets = [origin + path for origin in origins for path in paths]
     spellings = map(UrlParts._make, itertools.product(targets, schemes, authorities, paths))
     return PublicUrl(paths[-1], tuple(dict.fromkeys(spellings)))  # each once, in this order
 
@@ -790,7 +851,8 @@ def diagnose_message_signature(
         signatures = parse_message_signatures(request)
     except SignatureError:
         return ""
-    usual, _, _, path = url.spellings[0]
+    typed = url.spellings[0].target
+    path = url.spellings[0].path
     _, scheme, authority, _ = url.spellings[-1]
     host = request.headers.get("host", "")
     keys = [key for token in tokens for key in hmac_keys(token)]
@@ -802,14 +864,14 @@ def diagnose_message_signature(
     no_at = (b'\n"@signature-params": ', b'\n"signature-params": ')
     no_end = (b'\n"@signature-params": .*', b"")
     deviations = [  # name, URL, what to replace in the signature base, keys
-        ("the method in lower case", usual, [lower], keys),
-        ('"signature-params" without @', usual, [no_at], keys),
-        ('the method in lower case and "signature-params" without @', usual, [lower, no_at], keys),
-        ('no line "@signature-params"', usual, [no_end], keys),
+        ("the method in lower case", typed, [lower], keys),
+        ('"signature-params" without @', typed, [no_at], keys),
+        ('the method in lower case and "signature-params" without @', typed, [lower, no_at], keys),
+        ('no line "@signature-params"', typed, [no_end], keys),
         ("http instead of https", f"http://{authority}{path}", [], keys),
         ("the received Host as authority", f"{scheme}://{host}{path}", [], keys),
         ("the received Host without its port", f"{scheme}://{without_port(host)}{path}", [], keys),
-        ("the token decoded from base64", usual, [], decoded),
+        ("the token decoded from base64", typed, [], decoded),
     ]
     for covered, received in signatures:
         for name, text, replacements, tried_keys in deviations:
@@ -1025,7 +1087,7 @@ class JwksClient:
             self.issuer = issuer
             self.answered = time.monotonic()
             log.info("%d OIDC keys of %s", len(self.keys), issuer)
-        except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
+        except HTTP_ERRORS as error:
             self.failure = f"{self.oidc.well_known_url}: {error}"
             log.warning("no OIDC keys: %s", self.failure)
 
@@ -1039,57 +1101,13 @@ class JwksClient:
         return parse_json_object(data)
 
 
-def http_request(
-    method: str, url: str, headers: Mapping[str, str], body: Optional[bytes], seconds: float
-) -> tuple[int, bytes]:
-    """Send a request; return the status, and the body up to MAX_ANSWER_BYTES + 1.
-
-    Returns within `seconds`. Redirects are not followed. Proxies are those of the environment
-    (HTTPS_PROXY, NO_PROXY), but a loopback address is never reached through one.
-
-    Raises OSError, ValueError, http.client.HTTPException, RuntimeError: no complete answer arrived.
-    """
-    _, host = split_url(url)
-    headers = {"User-Agent": f"{PROGRAM}/{VERSION}", **headers}
-    request = urllib.request.Request(url, body, headers, method=method)
-    opener = urllib.request.OpenerDirector()  # without the usual handlers of redirects and errors
-    opener.add_handler(urllib.request.HTTPHandler())
-    opener.add_handler(urllib.request.HTTPSHandler())
-    opener.add_handler(urllib.request.UnknownHandler())
-    if not is_loopback(host):
-        opener.add_handler(urllib.request.ProxyHandler())
-    deadline = time.monotonic() + seconds
-    result: concurrent.futures.Future[tuple[int, bytes]] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            with opener.open(request, timeout=seconds) as answer:
-                data = b""
-                while piece := answer.read1(MAX_ANSWER_BYTES + 1 - len(data)):
-                    data += piece
-                    if time.monotonic() > deadline:
-                        return
-                result.set_result((answer.status, data))
-        except urllib.error.URLError as error:
-            result.set_exception(error.reason if isinstance(error.reason, OSError) else error)
-        except Exception as error:
-            result.set_exception(error)
-
-    # In a thread, since the look-up of a host has no timeout, and the timeout of a socket begins
-    # anew with each byte: a server that drips its header would not end.
-    threading.Thread(target=run, name="http_request", daemon=True).start()
-    try:
-        return result.result(seconds)
-    except concurrent.futures.TimeoutError:
-        raise TimeoutError(f"no whole answer within {seconds:g} s") from None
-
-
 # ---- Replay protection ----------------------------------------------------------------------
 
 _ISO_8601 = re.compile(
     r"([0-9]{4})-?([0-9]{2})-?([0-9]{2})[Tt ]"
     r"([01][0-9]|2[0-3]):?([0-5][0-9]):?([0-5][0-9]|60)"  # 60: a leap second
-    r"(?:[.,]([0-9]{1,20}))? ?(?:[Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9])?)?(?: UTC)?"
+    r"(?:[.,]([0-9]{1,20}))?"
+    r" ?(?:[Zz]|UTC|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?(?: [A-Z]{3,5})?)?"
 )
 _EPOCH = re.compile(r"[0-9]{9,11}(?:\.[0-9]{1,9})?|[0-9]{12,20}")
 
@@ -1106,6 +1124,7 @@ def parse_timestamp(text: str) -> Optional[float]:
     match = _ISO_8601.fullmatch(text)
     if not match:
         return parse_http_date(text)
+    # "00" stands for what is missing, the sign included.
     year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("00")
     offset = f"{sign}{hours}:{minutes}" if sign in ("+", "-") else "+00:00"
     try:
@@ -1129,17 +1148,17 @@ SENT_AT_HEADERS = {"central": "x-central-delivery-timestamp", "new-central": "da
 
 
 def check_age(
-    sent_at: Optional[float], signed_time: str, window_seconds: float, now: float
+    sent_at: Optional[float], sent_at_text: str, window_seconds: float, now: float
 ) -> None:
     """Check that a delivery was sent at most `window_seconds` ago; 0 switches the check off.
 
-    Times are in epoch seconds; `signed_time` is what the sender wrote. Raises Refusal.
+    Times are in epoch seconds; `sent_at_text` is what the sender wrote. Raises Refusal.
     """
     if not window_seconds:
         return
     if sent_at is None:
         advice = '"replay_window_hours": 0 accepts any time'
-        raise Refusal("stale", f"its time {signed_time[:80]!r} is not understood; {advice}")
+        raise Refusal("stale", f"its time {sent_at_text[:80]!r} is not understood; {advice}")
     age = now - sent_at
     if age > window_seconds:
         allowed = f"allowed are {window_seconds / 3600:g}"
@@ -1343,8 +1362,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self.unwritten = threading.Lock()  # held until they are written
-        self.unwritten.acquire()
+        self.written = threading.Event()
 
 
 def open_log(path: str) -> int:
@@ -1377,7 +1395,7 @@ class LogFile:
         try:
             if sys.platform != "win32":
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sync_file(self.descriptor)  # what is there will be answered with 200 as a duplicate
+            sync_file(self.descriptor)  # what is there is answered with 200, as a duplicate
         except OSError as error:
             os.close(self.descriptor)
             in_use = isinstance(error, BlockingIOError)
@@ -1408,7 +1426,7 @@ class LogFile:
                 written += os.write(self.descriptor, data[written:])
         except OSError as error:
             failure = f"{self.path}: {error.strerror}"
-        # A line that lacks nothing but its line feed is stored: the next write begins with it.
+        # + 1: a line that lacks only its line feed is stored, since the next write begins with one.
         stored = data.count(b"\n", len(start), written + 1)
         try:
             sync_file(self.descriptor)
@@ -1425,12 +1443,16 @@ class Output:
     """
 
     def __init__(
-        self, log_file: Optional[str], write_timeout: float, render: Callable[[Delivery], str]
+        self,
+        log_file: Optional[str],
+        write_timeout: float,
+        render: Callable[[Delivery], str],
+        alert_worker: Optional[AlertWorker] = None,
     ) -> None:
         """Open the log; `render` is for stdout. Raises OutputError, and OSError: no stdout."""
         self.write_timeout = write_timeout  # seconds
         self.render = render
-        self.alert_worker = AlertWorker(handle_alert) if handle_alert else None
+        self.alert_worker = alert_worker
         self.lock = threading.Lock()  # for `batch`
         self.batch = Batch()  # the next one
         self.write_lock = threading.Lock()
@@ -1444,7 +1466,7 @@ class Output:
         if hasattr(select, "poll") and not is_file:
             self.poll = select.poll()
             self.poll.register(STDOUT, select.POLLOUT)
-            # Once it is ready, a pipe takes PIPE_BUF bytes without blocking, and a terminal one.
+            # Once it is ready, a pipe takes PIPE_BUF bytes without blocking, a terminal one byte.
             self.max_write = 1 if os.isatty(STDOUT) else select.PIPE_BUF
         self.log_file = LogFile(log_file) if log_file else None
 
@@ -1468,9 +1490,7 @@ class Output:
             batch.entries.append(entry)
         if batch.entries[0] is entry:
             self.write_batch(batch)
-        elif batch.unwritten.acquire(timeout=self.write_timeout):
-            batch.unwritten.release()
-        else:
+        elif not batch.written.wait(self.write_timeout):
             raise OutputError(f"not written within {self.write_timeout:g} s")
         if entry.error:
             raise OutputError(entry.error)
@@ -1496,7 +1516,7 @@ class Output:
         finally:
             if has_lock:
                 self.write_lock.release()
-            batch.unwritten.release()
+            batch.written.set()
 
     def write_entries(self, entries: Sequence[Entry]) -> tuple[int, str]:
         """Write entries; return how many are stored, and why the others are not ("")."""
@@ -1506,7 +1526,7 @@ class Output:
         try:
             self.write_stdout(b"".join([entry.stdout_line for entry in entries]))
             if self.log_file:
-                self.open_log(self.log_file.path)
+                self.use_log(self.log_file.path)
                 stored, failure = self.log_file.append([entry.log_line() for entry in entries])
             else:
                 stored = len(entries)
@@ -1537,7 +1557,7 @@ class Output:
             self.stdout_closed = self.stdout_closed or error.errno in gone
             raise OutputError(f"stdout: {error.strerror}") from None
 
-    def open_log(self, path: Optional[str]) -> None:
+    def use_log(self, path: Optional[str]) -> None:
         """Open the log at `path` unless it is open. Raises OutputError; the old one stays then."""
         old = self.log_file
         if old and path:
@@ -1556,7 +1576,7 @@ class Output:
         if not self.write_lock.acquire(timeout=self.write_timeout):
             raise OutputError("the output is stuck")
         try:
-            self.open_log(log_file)
+            self.use_log(log_file)
             self.write_timeout = write_timeout
         finally:
             self.write_lock.release()
@@ -1599,6 +1619,9 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return condition()
+
+
+# ---- Logging --------------------------------------------------------------------------------
 
 
 class LineFormatter(logging.Formatter):
@@ -1680,7 +1703,7 @@ class LogLimiter:
 
 
 @dataclass(frozen=True)
-class Webhook:
+class WebhookConfig:
     """One configured sender."""
 
     name: str
@@ -1705,7 +1728,7 @@ class Config:
     request_timeout_seconds: float
     max_connections: int
     trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
-    webhooks: tuple[Webhook, ...]
+    webhooks: tuple[WebhookConfig, ...]
 
 
 def parse_text(value: Any, pattern: str = ".+") -> str:
@@ -1755,15 +1778,6 @@ def parse_provider_url(value: Any) -> str:
     if parts.scheme != "https" and not is_loopback(host):
         raise ValueError
     return str(value)
-
-
-def is_loopback(host: str) -> bool:
-    """Return True if a host name or address is this machine's own."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 _PLACEHOLDER = re.compile(  # what templates and examples have where a secret belongs
@@ -1839,7 +1853,7 @@ PATH = r"a path (in JSON, \\ stands for one backslash)"
 TEXT = Option("a printable string that is not empty", parse_text)
 SECRETS = Option("a secret or an array of secrets", parse_secrets, is_secret=True)
 TOKEN_FILE = Option("a file of tokens", load_tokens, is_secret=True)
-LOCAL = parse_networks(["127.0.0.0/8", "::1"])
+LOOPBACK_NETWORKS = parse_networks(["127.0.0.0/8", "::1"])
 API_KEY_OPTIONS = {
     "header": Option("the name of a header", lambda text: parse_text(text, FIELD_NAME)),
     "field": TEXT,
@@ -1869,7 +1883,9 @@ WEBCLIENT_OPTIONS = {
     "max_body_bytes": Option("a whole number from 1 to 2^30", number_parser(1, 2**30, int), 2**20),
     "request_timeout_seconds": Option("a number from 0.1 to 3600", number_parser(0.1, 3600), 10),
     "max_connections": Option("a whole number from 1 to 65535", number_parser(1, 65535, int), 256),
-    "trusted_proxies": Option("an array of addresses and networks", parse_networks, LOCAL),
+    "trusted_proxies": Option(
+        "an array of addresses and networks", parse_networks, LOOPBACK_NETWORKS
+    ),
 }
 CENTRAL_OPTIONS = {"webhook": Option("an object or an array of objects")}
 ALTERNATIVES = (("token", "token_file"), ("header", "field"))  # one of each pair is given
@@ -1914,6 +1930,7 @@ def parse_options(
     for name, option in options.items():
         values[name] = option.default
         if name in found or option.default is REQUIRED:
+            # A required key that is missing fails as null does.
             values[name] = parse_option(found.get(name), prefix + name, option, errors)
     return values
 
@@ -1926,7 +1943,7 @@ SIGNATURE_HEADERS = {  # by type: no other check can use them
 }
 
 
-def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Optional[Webhook]:
+def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Optional[WebhookConfig]:
     """Load one webhook, and its `token_file`, relative to `folder`; None if there are errors."""
     errors_before = len(errors)
     values = parse_options(found, where, WEBHOOK_OPTIONS, errors)
@@ -1949,7 +1966,7 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
     if values["api_key"]:
         given = values["api_key"]
         api_key = ApiKey((given["header"] or "").lower(), given["field"] or "", given["value"])
-        headers.append(api_key.header)
+        headers.extend([api_key.header] if api_key.header else [])
     oidc = None
     if values["oidc"]:
         oidc = Oidc(**values["oidc"])
@@ -1961,7 +1978,7 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
     if len(errors) > errors_before:
         return None
     window = 3600 * values["replay_window_hours"]
-    return Webhook(
+    return WebhookConfig(
         name=values["name"] or webhook_type,
         type=webhook_type,
         path=path,
@@ -1974,7 +1991,7 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
     )
 
 
-def load_webhooks(found: Any, folder: str, errors: list[str]) -> tuple[Webhook, ...]:
+def load_webhooks(found: Any, folder: str, errors: list[str]) -> tuple[WebhookConfig, ...]:
     """Load the webhooks: one object, or an array of objects that can be told apart."""
     where = "central_info.webhook"
     items = {where: found}
@@ -2079,7 +2096,7 @@ def warn_if_readable(path: str) -> None:
     log.warning("%s: holds a secret, but group or others can read it (chmod 600)", path)
 
 
-def describe_webhook(webhook: Webhook) -> str:
+def describe_webhook(webhook: WebhookConfig) -> str:
     """Describe a webhook in one line, without its secrets."""
     details = [webhook.type, webhook.path or "any path", f"tokens: {len(webhook.tokens)}"]
     if webhook.public_url:
@@ -2090,10 +2107,10 @@ def describe_webhook(webhook: Webhook) -> str:
 # ---- Checking a delivery --------------------------------------------------------------------
 
 
-class ActiveWebhook:
+class Webhook:
     """A configured webhook, and what the server keeps for it."""
 
-    def __init__(self, config: Webhook) -> None:
+    def __init__(self, config: WebhookConfig) -> None:
         self.config = config
         self.replay_cache = ReplayCache()
         self.jwks_client = JwksClient(config.oidc) if config.oidc else None
@@ -2101,12 +2118,12 @@ class ActiveWebhook:
         self.old_tokens_logged: dict[int, float] = {}  # by token index; monotonic seconds
 
 
-def check_signature(webhook: Webhook, request: Request, now: float) -> Verified:
+def check_signature(webhook: WebhookConfig, request: Request, now: float) -> Verified:
     """Check the signature of a request. Raises SignatureError: why the last token fails."""
     if webhook.public_url:
         return verify_message_signature(request, webhook.tokens, webhook.public_url, now)
     if webhook.type == "central":
-        for name in request.repeated:
+        for name in request.repeated:  # `verify_signature` gets their values joined
             if name.startswith("x-central-"):
                 raise SignatureError(f"{name} is repeated")
     failure = SignatureError("no token is configured")
@@ -2114,8 +2131,8 @@ def check_signature(webhook: Webhook, request: Request, now: float) -> Verified:
         try:
             if webhook.type == "central":
                 verify_signature(request.body, request.headers, token)
-                signed_time = request.headers["x-central-delivery-timestamp"]
-                return Verified(index, parse_timestamp(signed_time))
+                sent_at_text = request.headers["x-central-delivery-timestamp"]
+                return Verified(index, parse_timestamp(sent_at_text))
             verify_header_signature(request, HEADER_SIGNATURES[webhook.type], token)
             return Verified(index, None)
         except SignatureError as error:
@@ -2123,7 +2140,7 @@ def check_signature(webhook: Webhook, request: Request, now: float) -> Verified:
     raise failure
 
 
-def check_webhook(webhook: ActiveWebhook, request: Request, now: float) -> Verified:
+def check_webhook(webhook: Webhook, request: Request, now: float) -> Verified:
     """Check all that a webhook demands: signature, API key, access token. Raises Refusal."""
     try:
         verified = check_signature(webhook.config, request, now)
@@ -2138,8 +2155,8 @@ def check_webhook(webhook: ActiveWebhook, request: Request, now: float) -> Verif
 
 
 def check_webhooks(
-    webhooks: Sequence[ActiveWebhook], request: Request, now: float
-) -> tuple[ActiveWebhook, Verified]:
+    webhooks: Sequence[Webhook], request: Request, now: float
+) -> tuple[Webhook, Verified]:
     """Return the first webhook whose checks all pass, and what its signature says.
 
     Raises the Refusal of the webhook that passed the most checks.
@@ -2152,16 +2169,16 @@ def check_webhooks(
             refusal.webhook = webhook.config.name
             refusals.append(refusal)
 
-    def progress(refusal: Refusal) -> tuple[int, bool]:
+    def checks_passed(refusal: Refusal) -> tuple[int, bool]:
         passed = ("signature", "api_key", "oidc", "provider").index(refusal.reason)
         # Among equals, the webhook whose headers are there is probably the one meant.
         return passed, "missing" not in str(refusal)
 
-    raise max(refusals, key=progress)
+    raise max(refusals, key=checks_passed)
 
 
 def make_delivery(
-    webhook: Webhook, request: Request, verified: Verified, keys: DedupKeys, now: float
+    webhook: WebhookConfig, request: Request, verified: Verified, keys: DedupKeys, now: float
 ) -> Delivery:
     """Return the delivery of an authentic request; an API key in its body is masked."""
     text = json_text(request.body)
@@ -2180,7 +2197,7 @@ def make_delivery(
     return Delivery(now, webhook.name, webhook.type, delivery_id, sent_at, request.body, text, key)
 
 
-def diagnose(request: Request, webhooks: Sequence[ActiveWebhook], now: float) -> str:
+def diagnose(request: Request, webhooks: Sequence[Webhook], now: float) -> str:
     """Return a hint why a signature was not accepted, for the log alone; "" without one.
 
     It names no secret, and costs a few signatures for each webhook.
@@ -2343,7 +2360,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         """Read one request, call `do_POST`, `do_GET` or `do_HEAD`, or refuse it."""
         server = self.server
         self.parsed = EMPTY_REQUEST
-        self.webhooks: Sequence[ActiveWebhook] = ()
+        self.webhooks: Sequence[Webhook] = ()
         self.close_connection = True
         try:
             if not self.wait_for_request():
@@ -2358,7 +2375,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         except OSError:  # the sender is gone, or does not read its answer
             self.close_connection = True
         finally:
-            server.idle.add(self.connection)
+            server.idle.add(self.connection)  # until the first byte of the next request
 
     def wait_for_request(self) -> bool:
         """Wait for the first byte of a request; return False if none comes."""
@@ -2461,8 +2478,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
         webhook, verified = check_webhooks(self.webhooks, request, now)
         self.webhooks = (webhook,)
         config = webhook.config
-        signed_time = request.headers.get(SENT_AT_HEADERS.get(config.type, ""), "")
-        check_age(verified.sent_at, signed_time, config.replay_window_seconds, now)
+        sent_at_text = request.headers.get(SENT_AT_HEADERS.get(config.type, ""), "")
+        check_age(verified.sent_at, sent_at_text, config.replay_window_seconds, now)
         server.log_old_token(webhook, verified.token_index)
         keys = dedup_keys(config.type, request)
         delivery = make_delivery(config, request, verified, keys, now)
@@ -2480,7 +2497,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             self.report_not_json(config)
         self.reply(200, b'{"status": "ok"}')
 
-    def report_not_json(self, webhook: Webhook) -> None:
+    def report_not_json(self, webhook: WebhookConfig) -> None:
         """Count and log a body that was stored although it is not JSON."""
         found = guess_format(self.parsed.body)
         if webhook.type == "ip-fabric" and found.startswith("XML"):
@@ -2536,7 +2553,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         """Log, count and answer a refusal."""
         server = self.server
         request = self.parsed
-        status = REFUSALS[refusal.reason]
+        status = STATUS_BY_REASON[refusal.reason]
         name = refusal.webhook
         if not name and len(self.webhooks) == 1:
             name = self.webhooks[0].config.name
@@ -2609,7 +2626,7 @@ def listen_on(host: str, port: int) -> socket.socket:
 
 
 class WebhookServer(ThreadingHTTPServer):
-    """Serves each connection in a thread; there are as many as there were connections at once.
+    """Serves each connection in a thread. Threads are reused; their number is the most at once.
 
     At most `max_connections` are open; more wait in the listen queue. `connections` holds the open
     ones and `idle` those of them that wait for a request or for their end.
@@ -2617,13 +2634,16 @@ class WebhookServer(ThreadingHTTPServer):
 
     def __init__(self, config: Config, output: Output, listener: socket.socket) -> None:
         super().__init__(listener.getsockname(), WebhookHandler, bind_and_activate=False)
-        self.socket.close()  # the base made one, but its way to bind looks up the host's name
+        self.socket.close()  # the base made one; its `server_bind` would look up the host's name
         self.socket = listener
         self.socket.setblocking(False)
-        if listener.family in (socket.AF_INET, socket.AF_INET6):  # accepted ones inherit it
+        if listener.family in (
+            socket.AF_INET,
+            socket.AF_INET6,
+        ):  # accepted sockets inherit the option
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.config = config
-        self.webhooks = tuple(ActiveWebhook(webhook) for webhook in config.webhooks)
+        self.webhooks = tuple(Webhook(webhook) for webhook in config.webhooks)
         self.output = output
         self.metrics = Metrics(webhook.name for webhook in config.webhooks)
         self.log_limiter = LogLimiter()
@@ -2631,8 +2651,8 @@ class WebhookServer(ThreadingHTTPServer):
         self.date = email.utils.formatdate(usegmt=True)  # service_actions refreshes it
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()
-        self.closed = threading.Condition()  # notified when a connection was closed
-        self.accepted: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.connection_closed = threading.Condition()  # notified when a connection was closed
+        self.waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread_count = 0
         # What the main thread waits for: numbers of signals, or None if stdout is gone.
         self.events: queue.SimpleQueue[Optional[int]] = queue.SimpleQueue()
@@ -2643,8 +2663,8 @@ class WebhookServer(ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError without a place for it: `serve_forever` retries."""
-        with self.closed:
-            if not self.closed.wait_for(self.has_room, 0.1):
+        with self.connection_closed:
+            if not self.connection_closed.wait_for(self.has_room, 0.1):
                 raise BlockingIOError("max_connections are open")
         try:
             connection, address = super().get_request()
@@ -2660,20 +2680,20 @@ class WebhookServer(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hand a connection to a thread; `service_actions`, called next, starts one if needed."""
-        self.accepted.put((request, client_address))
+        self.waiting.put((request, client_address))
 
     def serve_connections(self) -> None:
         """Serve one connection after the other, for ever; runs in a thread of its own."""
         while True:
-            self.process_request_thread(*self.accepted.get())
+            self.process_request_thread(*self.waiting.get())
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection, and make its place free."""
         super().shutdown_request(request)
         self.idle.discard(request)
         self.connections.discard(request)
-        with self.closed:
-            self.closed.notify()
+        with self.connection_closed:
+            self.connection_closed.notify()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a bug of ours: no input of a sender may get here."""
@@ -2696,7 +2716,7 @@ class WebhookServer(ThreadingHTTPServer):
         """Return how many requests are being handled."""
         return max(0, len(self.connections) - len(self.idle))
 
-    def route(self, request: Request) -> Sequence[ActiveWebhook]:
+    def route(self, request: Request) -> Sequence[Webhook]:
         """Return the webhooks that a request may be for; none for a path of the receiver itself."""
         path = request.path
         is_reserved = path in RESERVED_PATHS
@@ -2707,7 +2727,7 @@ class WebhookServer(ThreadingHTTPServer):
             raise Refusal("method", f"{request.method[:20]} on {path[:200]!r}")
         return [] if is_reserved else webhooks
 
-    def log_old_token(self, webhook: ActiveWebhook, token_index: int) -> None:
+    def log_old_token(self, webhook: Webhook, token_index: int) -> None:
         """Log that a token other than the first is still in use, at most once a minute."""
         now = time.monotonic()
         if token_index and now - webhook.old_tokens_logged.get(token_index, -math.inf) > 60:
@@ -2715,7 +2735,7 @@ class WebhookServer(ThreadingHTTPServer):
             position = f"{token_index + 1} of {len(webhook.config.tokens)}"
             log.info("webhook %r: token %s still matches", webhook.config.name, position)
 
-    def restore(self, webhooks: Iterable[ActiveWebhook], path: Optional[str]) -> None:
+    def restore_caches(self, webhooks: Iterable[Webhook], path: Optional[str]) -> None:
         """Restore the replay caches of webhooks from a log. Raises OutputError."""
         caches = {
             webhook.config.name: webhook.replay_cache
@@ -2726,7 +2746,7 @@ class WebhookServer(ThreadingHTTPServer):
             restore_replay_caches(path, caches)
 
     def reload(self, config: Config) -> None:
-        """Swap in a new configuration, between two writes; what is remembered stays.
+        """Swap in a new configuration; what is remembered stays.
 
         Raises OutputError if its log cannot be used; the old configuration stays whole.
         """
@@ -2734,7 +2754,7 @@ class WebhookServer(ThreadingHTTPServer):
             log.warning("host and port change with a restart only")
         has_same_log = config.log_file == self.config.log_file
         before = {(webhook.config.name, webhook.config.type): webhook for webhook in self.webhooks}
-        webhooks = tuple(ActiveWebhook(webhook) for webhook in config.webhooks)
+        webhooks = tuple(Webhook(webhook) for webhook in config.webhooks)
         unknown = []
         for webhook in webhooks:
             old = before.get((webhook.config.name, webhook.config.type))
@@ -2747,18 +2767,23 @@ class WebhookServer(ThreadingHTTPServer):
                     webhook.jwks_client = old.jwks_client
             if not (old and has_same_log):
                 unknown.append(webhook)
-        self.restore(unknown, config.log_file)
         self.output.reload(config.log_file, config.request_timeout_seconds)
+        try:
+            self.restore_caches(unknown, config.log_file)
+        except OutputError:
+            self.output.reload(self.config.log_file, self.config.request_timeout_seconds)
+            raise
         self.metrics.add_webhooks(webhook.name for webhook in config.webhooks)
         self.config = replace(config, host=self.config.host, port=self.config.port)
         self.webhooks = webhooks
 
     def stop(self) -> None:
-        """Take nothing new, finish the requests in flight, then what `handle_alert` has to do."""
+        """Accept nothing new, finish the requests in flight, then let `handle_alert` finish."""
         deadline = time.monotonic() + DRAIN_SECONDS
         self.is_stopping = True
         self.shutdown()
-        with contextlib.suppress(OSError):  # those in the listen queue think they are connected
+        # Those in the listen queue think that they are connected: serve them.
+        with contextlib.suppress(OSError):
             while True:
                 self.process_request(*self.get_request())
                 self.service_actions()
@@ -2797,7 +2822,7 @@ class Metrics:
         """Set the series of webhooks to 0 that do not exist yet."""
         with self.lock:
             for webhook in ("", *webhooks):
-                for result in (*REFUSALS, "accepted", "duplicate"):
+                for result in (*STATUS_BY_REASON, "accepted", "duplicate"):
                     self.values.setdefault(("deliveries_total", webhook, result), 0)
                 if webhook:
                     self.values.setdefault(("last_accepted_timestamp_seconds", webhook), 0)
@@ -2901,7 +2926,7 @@ def serve(server: WebhookServer, path: str) -> int:
     notify("READY=1")
     while True:
         with contextlib.suppress(queue.Empty):
-            # Not for ever: a signal that arrives just before it waits would not wake it up.
+            # With a time-out, since a signal just before `get` would not wake it up.
             event = server.events.get(timeout=0.5)
             if event not in RELOAD_SIGNALS:
                 break
@@ -2941,7 +2966,7 @@ SAMPLE = {  # as classic Central sends it; the samples of all other types have t
 }
 
 
-def sign_sample(webhook: Webhook, url: str, number: int) -> tuple[dict[str, str], bytes]:
+def sign_sample(webhook: WebhookConfig, url: str, number: int) -> tuple[dict[str, str], bytes]:
     """Return the headers and the body of a sample alert for `url`, signed with the first token."""
     now = time.time()
     payload = {**SAMPLE, "timestamp": int(now), "time": format_utc(now), "sample": number}
@@ -2988,7 +3013,8 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     if not url and not config.port:
         return fail("--send-sample: expected a URL, since port 0 is any free port", EXIT_USAGE)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    url = url or f"http://{format_host(host)}:{config.port}{webhook.path or '/centralwebhook'}"
+    host = f"[{host}]" if ":" in host else host
+    url = url or f"http://{host}:{config.port}{webhook.path or '/centralwebhook'}"
     headers, body = sign_sample(webhook, url, 1)
     for line in header_lines:
         field_name, colon, value = line.partition(":")
@@ -2998,7 +3024,7 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     started = time.monotonic()
     try:
         status, data = http_request("POST", url, headers, body, SAMPLE_SECONDS)
-    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
+    except HTTP_ERRORS as error:
         return fail(f"{url}: {str(error) or type(error).__name__}", EXIT_FAILURE)
     milliseconds = 1000 * (time.monotonic() - started)
     answer = escape_text(data[:500].decode(errors="replace").strip())
@@ -3025,7 +3051,10 @@ def run_demo(render: Callable[[Delivery], str]) -> int:
         if number == 4:
             title = "forged alert, one word of its body changed"
             body = body.replace(b"Critical", b"Harmless")
-        status, answer = http_request("POST", url, headers, body, SAMPLE_SECONDS)
+        try:
+            status, answer = http_request("POST", url, headers, body, SAMPLE_SECONDS)
+        except HTTP_ERRORS as error:
+            return fail(f"{url}: {error}", EXIT_FAILURE)
         flush_log()
         print_error(f"{title}: {status} {answer.decode()}")
         statuses.append(status)
@@ -3102,7 +3131,7 @@ def check_handle_alert() -> None:
 def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
     """Open the outputs, bind, restore the replay caches, serve. Raises OutputError, StartError."""
     check_handle_alert()
-    for number in STOP_SIGNALS:  # until it serves
+    for number in STOP_SIGNALS:  # until `serve` handles them
         signal.signal(number, lambda number, frame: os._exit(0))
     for number in RELOAD_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -3111,10 +3140,11 @@ def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     stay_on_one_processor()
-    output = Output(config.log_file, config.request_timeout_seconds, render)
+    alert_worker = AlertWorker(handle_alert) if handle_alert else None
+    output = Output(config.log_file, config.request_timeout_seconds, render, alert_worker)
     listener = inherited_socket() or listen_on(config.host, config.port)
     server = WebhookServer(config, output, listener)
-    server.restore(server.webhooks, config.log_file)
+    server.restore_caches(server.webhooks, config.log_file)
     address: Any = listener.getsockname()
     shown = f"{address[0]} port {address[1]}" if isinstance(address, tuple) else f"{address}"
     webhooks = ", ".join(map(describe_webhook, config.webhooks))

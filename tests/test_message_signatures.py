@@ -450,7 +450,6 @@ class NewCentral(unittest.TestCase):
                 [
                     "HTTPS://Webhook.Example.com:443/new",
                     "https://webhook.example.com:443/new",
-                    "https://Webhook.Example.com/new",
                     "https://webhook.example.com/new",
                 ],
                 ["HTTPS", "https"],

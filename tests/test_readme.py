@@ -237,7 +237,7 @@ class ReferenceTest(unittest.TestCase):
         self.assertEqual(set(client.NO_DEDUP), undetected)
 
     def test_every_reason_is_in_the_table_of_statuses(self):
-        expected = {(str(status), reason) for reason, status in client.REFUSALS.items()}
+        expected = {(str(status), reason) for reason, status in client.STATUS_BY_REASON.items()}
         expected |= {("200", "accepted"), ("200", "duplicate")}
         found = set()
         by_nginx = set()
