@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -298,6 +300,18 @@ class Demo(unittest.TestCase):
                     for alert in alerts:
                         self.assertEqual((alert["webhook"], alert["type"]), ("demo", "central"))
                         self.assertIsInstance(alert["alert"], dict)
+
+    def test_it_leaves_handle_alert_alone(self):
+        code = "import central_webhook_client as c; c.handle_alert = print; c.main(['--demo'])"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=support.TOP,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        self.assertIn("forged", done.stderr)
+        self.assertNotIn("Delivery(", done.stdout)
 
 
 class SendSample(unittest.TestCase):

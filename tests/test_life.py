@@ -92,6 +92,7 @@ class Reload(LifeTest):
     def test_a_broken_configuration_keeps_the_old_one_whole_and_logs_the_error(self):
         changed, a = self.with_token(NEW_TOKEN), hook("a")
         nameless = [{"type": "x", "token": "t"}, {"type": "x", "token": "t"}, a, a]
+        os.mkfifo(self.folder / "fifo")
         with self.started() as receiver:
             cases = [  # configuration, what the error names
                 ("{", "input_info.json"),
@@ -101,6 +102,7 @@ class Reload(LifeTest):
                 ({**changed, "central_info": {"webhook": []}}, "webhook"),
                 (config_of(webhook=nameless), "not reloaded.*webhook"),
                 (self.with_token(NEW_TOKEN, log_file="missing/a.jsonl"), r"missing.a\.jsonl"),
+                (self.with_token(NEW_TOKEN, log_file=str(self.folder / "fifo")), "not a regular"),
                 (None, "input_info.json"),
             ]
             for count, (config, named) in enumerate(cases, 1):

@@ -44,7 +44,6 @@ EXECUTED = {
     "(umask 077; cp": "test_readme.FirstScreenTest.test_the_installed_receiver_says_what_is_shown",
     "{ echo": "test_readme.SnippetTest.test_the_copied_section_verifies_on_its_own",
     "grep": "test_readme.ReferenceTest.test_the_security_comments_are_found_as_shown",
-    "git clone": "interop.test_readme.GetItTest.test_the_clone_and_the_download_are_the_program",
     "sudo cp": "interop.test_readme.NginxTest.test_a_sample_goes_through_nginx_as_installed",
     "curl -s http://127.0.0.1:8010/health": (
         "interop.test_readme.MonitoringTest.test_curl_gets_the_health_and_the_metrics"

@@ -342,6 +342,14 @@ class Restarts(LogTest):
             self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
             self.assertEqual(receiver.deliver().json, OK)
 
+    def test_a_log_that_a_reload_may_not_use_is_not_remembered(self):
+        body, headers = signed()
+        own = self.config(log_file=str(self.folder / "own.jsonl"))
+        with self.started() as other, Receiver(own) as receiver:
+            self.assertEqual(other.post(body, headers).json, OK)
+            receiver.reload(self.config(), "not reloaded.*another receiver")
+            self.assertEqual(receiver.post(body, headers).json, OK)
+
     def test_a_webhook_that_was_away_remembers_what_the_log_holds(self):
         both = self.config([hook("a"), hook("b")])
         body, headers = signed()

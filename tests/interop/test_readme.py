@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import unittest
 from pathlib import Path
 
@@ -65,28 +62,6 @@ class CommandTest(unittest.TestCase):
         self.git("add", "--all")
         self.git("commit", "--quiet", "--message=first")
         return path
-
-
-class GetItTest(CommandTest):
-    def test_the_clone_and_the_download_are_the_program(self):
-        parts.need_program("curl")
-        repository = self.make_repository()
-        handler = functools.partial(QuietHandler, directory=str(TOP))
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.addCleanup(server.server_close)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        self.addCleanup(server.shutdown)
-        raw = f"http://127.0.0.1:{server.server_port}"
-        commands = block("sh", "git clone", section(""))
-        self.run_shell(commands, REPOSITORY=str(repository), RAW=raw)
-        for path in (self.folder, self.folder / "centralwebhook"):
-            self.assertEqual(PROGRAM.read_bytes(), (path / PROGRAM.name).read_bytes())
-        self.assertTrue((self.folder / "centralwebhook" / "nginx" / "centralwebhook.conf").exists())
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
 
 
 class NginxTest(CommandTest):
@@ -178,7 +153,7 @@ class UpgradeTest(CommandTest):
     def test_a_new_version_is_tried_before_the_restart(self):
         repository = self.make_repository()
         self.replace_program("systemctl", "import sys\nprint('systemctl', *sys.argv[1:])\n")
-        self.run_shell(block("sh", "git clone", section("")).splitlines()[0], REPOSITORY="upstream")
+        self.git("clone", "--quiet", ".", str(self.folder / "centralwebhook"))
         clone = self.folder / "centralwebhook"
         with (repository / PROGRAM.name).open("a") as program:
             program.write("# a new version\n")
