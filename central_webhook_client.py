@@ -182,12 +182,13 @@ class SignatureError(Exception):
 
 
 def verify_signature(body: bytes, headers: Mapping[str, str], token: str) -> None:
-    """Verify that a delivery of classic Central was signed with `token`.
+    """Verify that a delivery of classic Central was signed with `token`; call it for each token.
 
     `body` is the raw body, before anything decoded it. `headers` maps names, in any case, to
     values decoded as ISO-8859-1, as WSGI and http.server do. A normal return proves that the
-    sender knows the token. It does not prove that the delivery is new or recent: it can be a
-    replay. Nothing separates the signed values, so bytes can be moved between neighbours.
+    sender knows the token. It does not prove that the delivery is new or recent. A replay can
+    move bytes from one header to the next, since nothing separates the signed values: to detect
+    it, remember the signature, not the delivery ID.
 
     Raises:
         SignatureError: a header is missing, empty or repeated, or the signature does not match.
@@ -819,7 +820,7 @@ def verify_message_signature(
     the method, the URL and the time. It proves nothing of the body unless the signature covers
     content-digest.
 
-    Raises SignatureError: no signature is good; then why the last one is not.
+    Raises SignatureError: no signature is valid; it says what is wrong with the last one.
     """
     failure = SignatureError("no label is in both signature-input and signature")
     for covered, received in parse_message_signatures(request):
@@ -1849,28 +1850,28 @@ class Option(NamedTuple):
     options: Optional[Mapping[str, Any]] = None  # those of an object
 
 
-PATH = r"a path (in JSON, \\ stands for one backslash)"
-TEXT = Option("a printable string that is not empty", parse_text)
-SECRETS = Option("a secret or an array of secrets", parse_secrets, is_secret=True)
-TOKEN_FILE = Option("a file of tokens", load_tokens, is_secret=True)
+TEXT_OPTION = Option("a printable string that is not empty", parse_text)
+PATH_OPTION = Option(r"a path (in JSON, \\ stands for one backslash)", parse_text)
+SECRETS_OPTION = Option("a secret or an array of secrets", parse_secrets, is_secret=True)
+TOKEN_FILE_OPTION = Option("a file of tokens", load_tokens, is_secret=True)
 LOOPBACK_NETWORKS = parse_networks(["127.0.0.0/8", "::1"])
 API_KEY_OPTIONS = {
     "header": Option("the name of a header", lambda text: parse_text(text, FIELD_NAME)),
-    "field": TEXT,
-    "value": SECRETS._replace(default=REQUIRED),
+    "field": TEXT_OPTION,
+    "value": SECRETS_OPTION._replace(default=REQUIRED),
 }
 OIDC_OPTIONS = {
     "well_known_url": Option("an https URL, or http on this machine", parse_provider_url, REQUIRED),
-    "audience": TEXT,
-    "client_id": TEXT,
-    "issuer": TEXT,
+    "audience": TEXT_OPTION,
+    "client_id": TEXT_OPTION,
+    "issuer": TEXT_OPTION,
 }
 WEBHOOK_OPTIONS = {
-    "name": TEXT,
+    "name": TEXT_OPTION,
     "type": Option(f"one of {TYPES}", lambda text: parse_text(text, "|".join(TYPES)), "central"),
     "path": Option("a path like /hook, no query", lambda text: parse_text(text, r"/[!-\"$->@-~]*")),
-    "token": SECRETS,
-    "token_file": Option(PATH, parse_token_path),
+    "token": SECRETS_OPTION,
+    "token_file": PATH_OPTION._replace(parse=parse_token_path),
     "replay_window_hours": Option("a number from 0 to 87600", number_parser(0, 87600), 48),
     "public_url": Option("the URL as typed into Central", parse_public_url),
     "api_key": Option("an object", options=API_KEY_OPTIONS),
@@ -1879,7 +1880,7 @@ WEBHOOK_OPTIONS = {
 WEBCLIENT_OPTIONS = {
     "host": Option("an address, or a host name that resolves", parse_host, REQUIRED),
     "port": Option("a port from 0 to 65535", parse_port, REQUIRED),
-    "log_file": Option(PATH, parse_text),
+    "log_file": PATH_OPTION,
     "max_body_bytes": Option("a whole number from 1 to 2^30", number_parser(1, 2**30, int), 2**20),
     "request_timeout_seconds": Option("a number from 0.1 to 3600", number_parser(0.1, 3600), 10),
     "max_connections": Option("a whole number from 1 to 65535", number_parser(1, 65535, int), 256),
@@ -1953,7 +1954,7 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
     token_file = None
     if values["token_file"] and "token" not in found:
         token_file = os.path.join(folder, values["token_file"])
-        tokens = parse_option(token_file, f"{where}.token_file", TOKEN_FILE, errors)
+        tokens = parse_option(token_file, f"{where}.token_file", TOKEN_FILE_OPTION, errors)
     webhook_type = values["type"]
     public_url = values["public_url"]
     if webhook_type and (webhook_type == "new-central") != ("public_url" in found):
@@ -2520,8 +2521,10 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def reply(self, status: int, body: bytes, content_type: str = JSON, field: str = "") -> None:
-        """Answer in one piece; decide whether the connection goes on. `field` has a CRLF."""
+    def reply(
+        self, status: int, body: bytes, content_type: str = JSON, extra_header: str = ""
+    ) -> None:
+        """Answer in one piece; decide whether the connection goes on. `extra_header` has a CRLF."""
         server = self.server
         request = self.parsed
         connection = request.headers.get("connection", "").lower()
@@ -2540,7 +2543,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             f"Content-Type: {content_type}\r\n"
             f"Content-Length: {len(body)}\r\n"
             f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\n"
-            f"{field}\r\n"
+            f"{extra_header}\r\n"
         ).encode()
         self.connection.settimeout(server.config.request_timeout_seconds)  # for the whole answer
         self.wfile.write(head if request.method == "HEAD" else head + body)
@@ -2565,17 +2568,17 @@ class WebhookHandler(BaseHTTPRequestHandler):
                 hint = diagnose(request, self.webhooks, time.time())
                 text += f" ({hint})" if hint else ""
             log.warning("%s", text)
-        field = "Retry-After: 1\r\n" if status == 503 else ""
+        extra_header = "Retry-After: 1\r\n" if status == 503 else ""
         if status == 401:
             needs_token = any(webhook.config.oidc for webhook in self.webhooks)
             scheme = "Bearer" if needs_token else "HMAC-SHA256"
-            field = f'WWW-Authenticate: {scheme} realm="central webhook"\r\n'
+            extra_header = f'WWW-Authenticate: {scheme} realm="central webhook"\r\n'
         elif status == 405:
             allowed = "GET, HEAD" if request.path in RESERVED_PATHS else "POST"
-            field = f"Allow: {allowed}\r\n"
+            extra_header = f"Allow: {allowed}\r\n"
         with contextlib.suppress(OSError):  # the sender is gone
             answer = {"error": HTTPStatus(status).phrase.lower()}
-            self.reply(status, json.dumps(answer).encode(), JSON, field)
+            self.reply(status, json.dumps(answer).encode(), JSON, extra_header)
 
     def linger(self) -> None:
         """Read and drop what comes for a while: closing with unread data loses the answer."""
