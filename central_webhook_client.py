@@ -62,7 +62,6 @@ import json
 import logging
 import logging.handlers
 import math
-import mmap
 import os
 import queue
 import random
@@ -543,7 +542,7 @@ def http_request(
     Returns within `seconds`. Redirects are not followed. Proxies are those of the environment
     (HTTPS_PROXY, NO_PROXY), but a loopback address is never reached through one.
 
-    Raises HTTP_ERRORS: no answer arrived in time.
+    Raises HTTP_ERRORS: no complete answer arrived in time.
     """
     _, host = split_url(url)
     headers = {"User-Agent": f"{PROGRAM}/{VERSION}", **headers}
@@ -565,6 +564,8 @@ def http_request(
                     data += piece
                     if time.monotonic() > deadline:
                         return
+                if answer.length and len(data) <= MAX_ANSWER_BYTES:
+                    raise http.client.IncompleteRead(data, answer.length)
                 result.set_result((answer.status, data))
         except urllib.error.URLError as error:
             result.set_exception(error.reason if isinstance(error.reason, OSError) else error)
@@ -1237,46 +1238,55 @@ class ReplayCache:
             return len(self.order) < REMEMBERED_DELIVERIES
 
 
-_LOG_LINE = re.compile(  # which webhook, its dedup keys
-    rb'\{"received_at": "[^"]*", "webhook": ("(?:[^"\\]|\\.)*"), .*'
+_LOG_LINE = re.compile(  # when, which webhook, its dedup keys
+    rb'\{"received_at": "([^"]*)", "webhook": ("(?:[^"\\]|\\.)*"), .*'
     rb'"key": "([0-9a-f]{32}(?:\.[0-9a-f]{32})*)"\}\r?'
 )
 
 
 def lines_from_end(path: str) -> Iterable[bytes]:
     """Yield the lines of a file, the last one first, without their line feeds."""
-    with open(path, "rb") as file:
-        if not file.seek(0, os.SEEK_END):
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            end = len(data)
-            while end >= 0:
-                start = data.rfind(b"\n", 0, end) + 1
-                yield data[start:end]
-                end = start - 1
+    with open(path, "rb") as file:  # not mapped: a file that shrinks meanwhile would kill us
+        position = file.seek(0, os.SEEK_END)
+        pieces: list[bytes] = []  # of the line whose beginning was not read yet, the last one first
+        while position:
+            size = min(position, 1 << 18)
+            position -= size
+            file.seek(position)
+            end_of_line, *lines = file.read(size).split(b"\n")
+            if lines:
+                yield lines.pop() + b"".join(reversed(pieces))
+                yield from reversed(lines)
+                pieces = []
+            pieces.append(end_of_line)
+        yield b"".join(reversed(pieces))
 
 
-def restore_replay_caches(path: str, caches: Mapping[str, ReplayCache]) -> None:
+def restore_replay_caches(path: str, caches: Mapping[str, ReplayCache], oldest: float) -> None:
     """Restore replay caches, by name of their webhook, from the end of a log.
 
-    Reads until all are full, but at most 4 * REMEMBERED_DELIVERIES lines, which takes about a
-    second. Raises OutputError.
+    Reads until all are full or a line was received before `oldest` (epoch seconds), but at most
+    4 * REMEMBERED_DELIVERIES lines, which takes about a second. Raises OutputError.
     """
     wanted = {json.dumps(name).encode(): cache for name, cache in caches.items()}
+    oldest_text = format_utc(oldest).encode()
+    has_lines = False  # recent ones, or some of another program
     try:
         for line in itertools.islice(lines_from_end(path), 4 * REMEMBERED_DELIVERIES):
             match = _LOG_LINE.fullmatch(line)
-            if match and match[1] in wanted:
-                keys = tuple(bytes.fromhex(part) for part in match[2].decode().split("."))
-                if not wanted[match[1]].restore(keys):
-                    del wanted[match[1]]
+            if match and match[1] < oldest_text:
+                break
+            has_lines = has_lines or bool(line)
+            if match and match[2] in wanted:
+                keys = tuple(bytes.fromhex(part) for part in match[3].decode().split("."))
+                if not wanted[match[2]].restore(keys):
+                    del wanted[match[2]]
             if not wanted:
                 break
-        is_empty = not os.path.getsize(path)
     except OSError as error:
         raise OutputError(f"webclient_info.log_file: {path}: {error.strerror}") from None
     count = sum(len(cache.order) for cache in caches.values())
-    if count or is_empty:
+    if count or not has_lines:
         log.info("%d deliveries remembered from %s", count, path)
     else:
         advice = "was a webhook renamed, or is it the log of another program?"
@@ -2591,7 +2601,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     def peer(self) -> str:
         """Return who sent the request: the last of X-Forwarded-For if a trusted proxy did."""
-        address = str(self.client_address[0]) if self.client_address else ""  # a Unix socket
+        is_tcp = isinstance(self.client_address, tuple)  # a Unix socket has a path
+        address = str(self.client_address[0]) if is_tcp else ""
         if address:
             parsed = ipaddress.ip_address(address.partition("%")[0])
             parsed = getattr(parsed, "ipv4_mapped", None) or parsed
@@ -2740,13 +2751,12 @@ class WebhookServer(ThreadingHTTPServer):
 
     def restore_caches(self, webhooks: Iterable[Webhook], path: Optional[str]) -> None:
         """Restore the replay caches of webhooks from a log. Raises OutputError."""
-        caches = {
-            webhook.config.name: webhook.replay_cache
-            for webhook in webhooks
-            if webhook.config.type not in NO_DEDUP
-        }
-        if caches and path and os.path.exists(path):
-            restore_replay_caches(path, caches)
+        webhooks = [webhook for webhook in webhooks if webhook.config.type not in NO_DEDUP]
+        if webhooks and path:
+            caches = {webhook.config.name: webhook.replay_cache for webhook in webhooks}
+            windows = [webhook.config.replay_window_seconds for webhook in webhooks]
+            oldest = time.time() - max(windows) - MAX_FUTURE_SECONDS if all(windows) else 0.0
+            restore_replay_caches(path, caches, oldest)
 
     def reload(self, config: Config) -> None:
         """Swap in a new configuration; what is remembered stays.
@@ -2785,9 +2795,9 @@ class WebhookServer(ThreadingHTTPServer):
         deadline = time.monotonic() + DRAIN_SECONDS
         self.is_stopping = True
         self.shutdown()
-        # Those in the listen queue think that they are connected: serve them.
+        # Those in the listen queue think that they are connected. Not for ever: more may come.
         with contextlib.suppress(OSError):
-            while True:
+            for _ in range(LISTEN_QUEUE):
                 self.process_request(*self.get_request())
                 self.service_actions()
         self.server_close()

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import unittest
 
@@ -242,6 +243,30 @@ class Stop(LifeTest):
             for connection in connections:
                 self.assertTrue(connection.is_closed())
                 connection.socket.close()
+
+    def test_a_stream_of_new_connections_does_not_delay_a_stop(self):
+        with self.started(max_connections=2) as receiver:
+            address = ("127.0.0.1", receiver.port)
+            has_ended = threading.Event()
+
+            def connect_again_and_again():
+                while not has_ended.is_set():
+                    with contextlib.suppress(OSError):
+                        with socket.create_connection(address, 5) as connection:
+                            connection.sendall(HEALTH)
+                            connection.recv(1000)
+
+            threads = [threading.Thread(target=connect_again_and_again) for _ in range(40)]
+            for thread in threads:
+                thread.start()
+            deadline_poll(lambda: receiver.in_flight() == 1)
+            receiver.process.terminate()
+            try:
+                self.assertEqual(receiver.wait(9), 0)
+            finally:
+                has_ended.set()
+                for thread in threads:
+                    thread.join()
 
     def test_after_a_stop_under_load_answers_stdout_and_log_agree(self):
         counts = (1, 12)

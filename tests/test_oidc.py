@@ -636,6 +636,11 @@ class HttpRequests(unittest.TestCase):
         server = self.serve(b"HTTP/1.1 500 X\r\nContent-Length: 9999999\r\n\r\n" + b"x" * most * 2)
         self.assertEqual(self.get(server.url), (500, b"x" * (most + 1)))
 
+    def test_an_answer_that_ends_early_is_an_error(self):
+        server = self.serve(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}")
+        with self.assertRaisesRegex(product.HTTP_ERRORS, "98 more"):
+            self.get(server.url)
+
     def drip(self, start, piece):
         """Return a server that sends `start` and then a piece again and again."""
         stopped = threading.Event()

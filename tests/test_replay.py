@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import os
 import re
 import time
 import unittest
@@ -371,6 +372,13 @@ class Restarts(LogTest):
         webhooks = [{"name": "noc", "path": PATH, "token": TOKEN}, hook("users", type="bracken")]
         with self.started(webhooks) as receiver:
             self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+
+    def test_a_log_that_shrinks_while_it_is_read_does_no_harm(self):
+        self.log.write_bytes(b"line\n" * 1_000_000)
+        lines = product.lines_from_end(self.log)
+        self.assertEqual([next(lines), next(lines)], [b"", b"line"])
+        os.truncate(self.log, 0)
+        self.assertLess(len(list(lines)), 500_000)
 
     def test_the_last_100_000_are_remembered_from_the_end_of_a_long_log(self):
         deliveries = stored_deliveries()[:2]
