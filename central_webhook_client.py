@@ -8,7 +8,7 @@ One file, Python 3.9 or newer, standard library only. It runs behind an HTTPS re
 first of its five steps, `do_POST` the others:
 
     1. read     well-formed HTTP, a known path, the raw body   parse_request, route, read_body
-    2. verify   signature, API key, access token               check_webhooks
+    2. verify   signature, API key, access token               authenticate
     3. check    recent, and not accepted before                check_age, ReplayCache.reserve
     4. store    stdout, then log_file, synced to the disk;     Output.write
                 `handle_alert` gets it afterwards
@@ -96,7 +96,7 @@ EXIT_USAGE = 2  # as argparse
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 STDOUT = 1  # file descriptors
 STDERR = 2
-JSON = "application/json"
+JSON_TYPE = "application/json"
 RESERVED_PATHS = ("/health", "/metrics")
 FIELD_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # what RFC 9110 section 5.6.2 calls a token
 
@@ -108,19 +108,20 @@ KEEP_ALIVE_SECONDS = 75.0  # above nginx's 60, so that nginx closes first
 LISTEN_QUEUE = 1024  # connections; the 5 of socketserver lose most of a burst
 LINGER_SECONDS = 2.0  # a refused sender is read from this long, so that it can read the answer
 DRAIN_SECONDS = 10.0  # after SIGTERM: for requests in flight, and for `handle_alert`
-DRAIN_QUIET_SECONDS = 0.5  # after SIGTERM: for requests on their way on idle connections
+DRAIN_QUIET_SECONDS = 0.5  # after SIGTERM: idle connections stay open, a request may be coming
 MAX_FUTURE_SECONDS = 15 * 60  # the clock of a sender may be this much ahead
 REMEMBERED_DELIVERIES = 100_000  # for each webhook
 MAX_WAITING_ALERTS = 10_000  # for `handle_alert`
-REJECTION_LINES_PER_SECOND = 10
+MAX_WARNINGS_PER_SECOND = 10
 MAX_SIGNATURE_FIELD_BYTES = 8 * 1024  # Signature and Signature-Input, each
 MAX_LABELS = 4  # signatures tried in one Signature header
 MAX_COMPONENTS = 32  # covered by one of them
 THREAD_STACK_BYTES = 4 * 1024 * 1024  # parsing nested JSON recurses; Python 3.13 needs 1.5 MiB
-SAMPLE_SECONDS = 30.0  # for the answer to --send-sample
-PROVIDER_SECONDS = 5.0  # for both answers of an OIDC provider; twice that between refreshes
+SAMPLE_TIMEOUT_SECONDS = 30.0  # for the answer to --send-sample
+PROVIDER_TIMEOUT_SECONDS = 2.5  # for each of the two answers of an OIDC provider
+PROVIDER_RETRY_SECONDS = 10.0  # at least, between two refreshes
 MAX_ANSWER_BYTES = 512 * 1024  # of a provider, or to a sample
-PROVIDER_KEYS_SECONDS = 3600.0  # then keys are fetched again, in case one was withdrawn
+PROVIDER_KEYS_MAX_AGE_SECONDS = 3600.0  # then keys are fetched again, in case one was withdrawn
 MAX_KEYS_TRIED = 16
 MIN_RSA_BITS = 2048
 MAX_RSA_BITS = 16384
@@ -153,11 +154,11 @@ log = logging.getLogger("central_webhook_client")
 class Refusal(Exception):
     """A request is not accepted. The detail is for the log, never for the sender."""
 
-    def __init__(self, reason: str, detail: str, webhook: str = "") -> None:
-        """Set the reason (see STATUS_BY_REASON), and the name of the webhook, if it is known."""
+    def __init__(self, reason: str, detail: str) -> None:
+        """Set the reason, a key of STATUS_BY_REASON."""
         super().__init__(detail)
         self.reason = reason
-        self.webhook = webhook
+        self.webhook_name = ""  # of the webhook that it is meant for, if that is known
 
 
 class OutputError(Exception):
@@ -183,7 +184,7 @@ class SignatureError(Exception):
 def verify_signature(body: bytes, headers: Mapping[str, str], token: str) -> None:
     """Verify that a delivery of classic Central was signed with `token`; call it for each token.
 
-    `body` is the raw body, before anything decoded it. `headers` maps names, in any case, to
+    `body` is the raw body, as received. `headers` maps names, in any case, to
     values decoded as ISO-8859-1, as WSGI and http.server do. A normal return proves that the
     sender knows the token. It does not prove that the delivery is new or recent. A replay can
     move bytes from one header to the next, since nothing separates the signed values: to detect
@@ -204,7 +205,7 @@ def verify_signature(body: bytes, headers: Mapping[str, str], token: str) -> Non
     for name, value in headers.items():
         if name.lower() in found:
             found[name.lower()].append(value)
-    for name, values in found.items():
+    for name, values in found.items():  # in the order in which they are signed
         if len(values) != 1 or not values[0]:
             raise SignatureError(f"{name} is missing, empty or repeated")
     try:
@@ -255,7 +256,7 @@ def post_to_slack(delivery: Delivery) -> None:
     text = f"{state} {alert.severity}: {alert.name} {alert.device} {alert.description}"
     text = html.escape(f"[{delivery.webhook}] {text}", quote=False)
     message = {"text": text.replace("@", "@\u200b")}  # @channel would call everybody
-    headers = {"Content-Type": JSON}
+    headers = {"Content-Type": JSON_TYPE}
     request = urllib.request.Request(os.environ["CHAT_URL"], json.dumps(message).encode(), headers)
     urllib.request.urlopen(request, timeout=10).close()
 
@@ -288,7 +289,7 @@ def summarize(payload: Any) -> Summary:
         if isinstance(nested, dict):
             sources.append(nested)
 
-    def first(*names: str) -> str:  # an earlier name goes before an outer object
+    def first(*names: str) -> str:  # by name, and for each name the outer object first
         for name in names:
             for source in sources:
                 value = source.get(name)
@@ -334,7 +335,7 @@ class Verified(NamedTuple):
     """What a verified signature says."""
 
     token_index: int  # position of the token that matched
-    sent_at: Optional[float]  # the signed time in epoch seconds; None if it is not understood
+    sent_time: Optional[float]  # the signed time in epoch seconds; None if it is not understood
 
 
 # ---- Signatures of the other senders, API key -----------------------------------------------
@@ -347,6 +348,11 @@ class HeaderSignature(NamedTuple):
     prefix: str
     encode: Callable[[bytes], bytes]
 
+    def sign(self, body: bytes, token: str) -> bytes:
+        """Return the value of the header."""
+        digest = hmac.digest(token.encode(), body, "sha256")
+        return self.prefix.encode() + self.encode(digest)
+
 
 HEADER_SIGNATURES = {  # to add a sender of this kind, add a row
     "ip-fabric": HeaderSignature("x-ipf-signature", "", binascii.hexlify),
@@ -354,6 +360,8 @@ HEADER_SIGNATURES = {  # to add a sender of this kind, add a row
     "bracken": HeaderSignature("authorization", "HMACSHA256 ", base64.b64encode),
     "entrupy": HeaderSignature("entrupy-signature", "SHA256:", base64.b64encode),
 }
+# For samples and a hint alone: `verify_signature` checks it.
+CENTRAL_SIGNATURE = HeaderSignature("x-central-signature", "", base64.b64encode)
 TYPES = ("central", "new-central", *HEADER_SIGNATURES)
 NO_DEDUP = ("bracken", "entrupy")  # nothing distinguishes a replay from an event that recurs
 
@@ -363,8 +371,7 @@ def verify_header_signature(request: Request, scheme: HeaderSignature, token: st
     received = request.headers.get(scheme.header, "").encode("latin-1")
     if not received or scheme.header in request.repeated:
         raise SignatureError(f"{scheme.header} is missing, empty or repeated")
-    digest = hmac.digest(token.encode(), request.body, "sha256")
-    if not hmac.compare_digest(scheme.prefix.encode() + scheme.encode(digest), received):
+    if not hmac.compare_digest(scheme.sign(request.body, token), received):
         raise SignatureError(f"{scheme.header} does not match")
 
 
@@ -388,7 +395,7 @@ def check_api_key(request: Request, api_key: ApiKey) -> None:
         try:
             payload, repeated = parse_json(request.body.decode("utf-8-sig"))
         except ValueError:
-            raise Refusal("api_key", f"{place} is missing: the body is not JSON") from None
+            raise Refusal("api_key", f"{place} is missing: no JSON, or too deep") from None
         is_repeated = api_key.field in repeated
         text = payload.get(api_key.field) if isinstance(payload, dict) else None
         candidates = [text.encode(errors="replace") if isinstance(text, str) else b""]
@@ -702,6 +709,7 @@ def parse_public_url(url: Any) -> PublicUrl:
     normalized = without_port(typed).lower()
     if parts.port not in (None, {"http": 80, "https": 443}[parts.scheme]):
         normalized += f":{parts.port}"
+    # For HTTPS://A.com:443: HTTPS, https; A.com:443, a.com:443, a.com; "", "/".
     schemes = [url.partition(":")[0], parts.scheme]
     authorities = [typed, typed.lower(), normalized]
     paths = [parts.path, parts.path or "/"]
@@ -1046,8 +1054,8 @@ class JwksClient:
         self.issuer = ""
         self.keys: Optional[list[RsaKey]] = None  # None: never obtained
         self.failure = "not asked yet"
-        self.asked = float("-inf")  # monotonic seconds
-        self.answered = float("-inf")
+        self.attempted_at = float("-inf")  # monotonic seconds
+        self.refreshed_at = float("-inf")
 
     def signing_keys(self, kid: Optional[str], algorithm: str) -> tuple[str, list[RsaKey]]:
         """Return the issuer, and the keys that a token with this kid and algorithm may have.
@@ -1073,11 +1081,11 @@ class JwksClient:
     def _refresh_if_due(self, kid: Optional[str], algorithm: str) -> None:
         """Fetch the keys if none matches or they are old, but not too often; log a failure."""
         now = time.monotonic()
-        is_old = now - self.answered > PROVIDER_KEYS_SECONDS
-        is_too_soon = now - self.asked < 2 * PROVIDER_SECONDS
+        is_old = now - self.refreshed_at > PROVIDER_KEYS_MAX_AGE_SECONDS
+        is_too_soon = now - self.attempted_at < PROVIDER_RETRY_SECONDS
         if is_too_soon or (self._matching(kid, algorithm) and not is_old):
             return
-        self.asked = now
+        self.attempted_at = now
         try:
             document = self._fetch(self.oidc.well_known_url)
             try:
@@ -1087,7 +1095,7 @@ class JwksClient:
                 raise ValueError("the document has no issuer, or no jwks_uri over https") from None
             self.keys = parse_rsa_keys(self._fetch(url))
             self.issuer = issuer
-            self.answered = time.monotonic()
+            self.refreshed_at = time.monotonic()
             log.info("%d OIDC keys of %s", len(self.keys), issuer)
         except HTTP_ERRORS as error:
             self.failure = f"{self.oidc.well_known_url}: {error}"
@@ -1095,7 +1103,9 @@ class JwksClient:
 
     def _fetch(self, url: str) -> dict[str, Any]:
         """Fetch a JSON object. Raises what `http_request` raises, and ValueError."""
-        status, data = http_request("GET", url, {"Accept": JSON}, None, PROVIDER_SECONDS / 2)
+        status, data = http_request(
+            "GET", url, {"Accept": JSON_TYPE}, None, PROVIDER_TIMEOUT_SECONDS
+        )
         if status != 200 or len(data) > MAX_ANSWER_BYTES:
             raise ValueError(
                 f"status {status}, {len(data)} bytes: expected 200, {MAX_ANSWER_BYTES}"
@@ -1150,7 +1160,7 @@ SENT_AT_HEADERS = {"central": "x-central-delivery-timestamp", "new-central": "da
 
 
 def check_age(
-    sent_at: Optional[float], sent_at_text: str, window_seconds: float, now: float
+    sent_time: Optional[float], sent_at_text: str, window_seconds: float, now: float
 ) -> None:
     """Check that a delivery was sent at most `window_seconds` ago; 0 switches the check off.
 
@@ -1158,10 +1168,10 @@ def check_age(
     """
     if not window_seconds:
         return
-    if sent_at is None:
+    if sent_time is None:
         advice = '"replay_window_hours": 0 accepts any time'
         raise Refusal("stale", f"its time {sent_at_text[:80]!r} is not understood; {advice}")
-    age = now - sent_at
+    age = now - sent_time
     if age > window_seconds:
         allowed = f"allowed are {window_seconds / 3600:g}"
         raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, {allowed}: is a clock wrong?")
@@ -1177,7 +1187,7 @@ def short_digest(*parts: bytes) -> bytes:
     return hashlib.sha256(b"\0".join(parts)).digest()[:16]
 
 
-def dedup_keys(webhook_type: str, request: Request) -> DedupKeys:
+def make_dedup_keys(webhook_type: str, request: Request) -> DedupKeys:
     """Return the keys that identify an authentic delivery of a webhook."""
     if webhook_type in NO_DEDUP:
         return ()
@@ -1238,7 +1248,7 @@ class ReplayCache:
             return len(self.order) < REMEMBERED_DELIVERIES
 
 
-_LOG_LINE = re.compile(  # when, which webhook, its dedup keys
+_LOG_FILE_LINE = re.compile(  # when, which webhook, its dedup keys
     rb'\{"received_at": "([^"]*)", "webhook": ("(?:[^"\\]|\\.)*"), .*'
     rb'"key": "([0-9a-f]{32}(?:\.[0-9a-f]{32})*)"\}\r?'
 )
@@ -1253,12 +1263,12 @@ def lines_from_end(path: str) -> Iterable[bytes]:
             size = min(position, 1 << 18)
             position -= size
             file.seek(position)
-            end_of_line, *lines = file.read(size).split(b"\n")
+            tail, *lines = file.read(size).split(b"\n")
             if lines:
                 yield lines.pop() + b"".join(reversed(pieces))
                 yield from reversed(lines)
                 pieces = []
-            pieces.append(end_of_line)
+            pieces.append(tail)
         yield b"".join(reversed(pieces))
 
 
@@ -1273,7 +1283,7 @@ def restore_replay_caches(path: str, caches: Mapping[str, ReplayCache], oldest: 
     has_lines = False  # recent ones, or some of another program
     try:
         for line in itertools.islice(lines_from_end(path), 4 * REMEMBERED_DELIVERIES):
-            match = _LOG_LINE.fullmatch(line)
+            match = _LOG_FILE_LINE.fullmatch(line)
             if match and match[1] < oldest_text:
                 break
             has_lines = has_lines or bool(line)
@@ -1363,7 +1373,7 @@ class Entry:
     json_line: str
     error: str = "not written"  # why it is not stored; "" if it is
 
-    def log_line(self) -> bytes:
+    def log_file_line(self) -> bytes:
         """Return the line for the log: that of stdout with the key."""
         return f'{self.json_line[:-2]}, "key": {json.dumps(self.delivery.key)}}}\n'.encode()
 
@@ -1376,7 +1386,7 @@ class Batch:
         self.written = threading.Event()
 
 
-def open_log(path: str) -> int:
+def open_log_file(path: str) -> int:
     """Open a log for appending. Raises OutputError if that fails, or it is not a regular file."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
     try:
@@ -1402,11 +1412,11 @@ class LogFile:
     def __init__(self, path: str) -> None:
         """Open the file, for this process alone. Raises OutputError if that is not possible."""
         self.path = path
-        self.descriptor = open_log(path)
+        self.descriptor = open_log_file(path)
         try:
             if sys.platform != "win32":
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sync_file(self.descriptor)  # what is there is answered with 200, as a duplicate
+            sync_file(self.descriptor)  # its lines will be answered with 200, as duplicates
         except OSError as error:
             os.close(self.descriptor)
             in_use = isinstance(error, BlockingIOError)
@@ -1460,7 +1470,7 @@ class Output:
         render: Callable[[Delivery], str],
         alert_worker: Optional[AlertWorker] = None,
     ) -> None:
-        """Open the log; `render` is for stdout. Raises OutputError, and OSError: no stdout."""
+        """Open the log file; `render` is for stdout. Raises OutputError, and OSError: no stdout."""
         self.write_timeout = write_timeout  # seconds
         self.render = render
         self.alert_worker = alert_worker
@@ -1471,14 +1481,14 @@ class Output:
         self.write_deadline = math.inf  # monotonic seconds, of the write that is under way
         self.stdout_closed = False
         self.stdout_mid_line = False
-        self.max_write: Optional[int] = None  # bytes of stdout
+        self.max_write_bytes: Optional[int] = None  # bytes of stdout
         self.poll: Optional[select.poll] = None
         is_file = stat.S_ISREG(os.fstat(STDOUT).st_mode)
         if hasattr(select, "poll") and not is_file:
             self.poll = select.poll()
             self.poll.register(STDOUT, select.POLLOUT)
             # Once it is ready, a pipe takes PIPE_BUF bytes without blocking, a terminal one byte.
-            self.max_write = 1 if os.isatty(STDOUT) else select.PIPE_BUF
+            self.max_write_bytes = 1 if os.isatty(STDOUT) else select.PIPE_BUF
         self.log_file = LogFile(log_file) if log_file else None
 
     def is_failing(self) -> bool:
@@ -1492,7 +1502,7 @@ class Output:
         return Entry(delivery, keys, replay_cache, shown.encode(), line)
 
     def write(self, entry: Entry) -> None:
-        """Write a delivery to stdout, and then to the log, there on disk; commit its keys.
+        """Write a delivery to stdout, then to the log file, synced; then commit its keys.
 
         Raises OutputError if it is not stored. If a write hangs, it may be stored later.
         """
@@ -1511,8 +1521,8 @@ class Output:
         stored = 0
         failure = f"not written within {self.write_timeout:g} s"
         has_lock = self.write_lock.acquire(timeout=self.write_timeout)
-        with self.lock:
-            self.batch = Batch()  # nothing joins this one any more
+        with self.lock:  # until here others joined: the longer the wait, the larger the batch
+            self.batch = Batch()
         try:
             if has_lock:
                 stored, failure = self.write_entries(batch.entries)
@@ -1537,8 +1547,8 @@ class Output:
         try:
             self.write_stdout(b"".join([entry.stdout_line for entry in entries]))
             if self.log_file:
-                self.use_log(self.log_file.path)
-                stored, failure = self.log_file.append([entry.log_line() for entry in entries])
+                self.use_log_file(self.log_file.path)
+                stored, failure = self.log_file.append([entry.log_file_line() for entry in entries])
             else:
                 stored = len(entries)
         except Exception as error:
@@ -1560,7 +1570,7 @@ class Output:
                 wait_ms = max(0, int(1000 * (self.write_deadline - time.monotonic())))
                 if self.poll and not self.poll.poll(wait_ms):
                     raise OutputError(f"stdout: not read within {self.write_timeout:g} s")
-                written = os.write(STDOUT, remaining[: self.max_write])
+                written = os.write(STDOUT, remaining[: self.max_write_bytes])
                 self.stdout_mid_line = remaining[written - 1] != ord("\n")
                 remaining = remaining[written:]
         except OSError as error:
@@ -1568,7 +1578,7 @@ class Output:
             self.stdout_closed = self.stdout_closed or error.errno in gone
             raise OutputError(f"stdout: {error.strerror}") from None
 
-    def use_log(self, path: Optional[str]) -> None:
+    def use_log_file(self, path: Optional[str]) -> None:
         """Open the log at `path` unless it is open. Raises OutputError; the old one stays then."""
         old = self.log_file
         if old and path:
@@ -1587,7 +1597,7 @@ class Output:
         if not self.write_lock.acquire(timeout=self.write_timeout):
             raise OutputError("the output is stuck")
         try:
-            self.use_log(log_file)
+            self.use_log_file(log_file)
             self.write_timeout = write_timeout
         finally:
             self.write_lock.release()
@@ -1665,27 +1675,27 @@ def print_error(text: str) -> None:
             data = data[os.write(STDERR, data) :]
 
 
-LOG_QUEUE: queue.Queue[Any] = queue.Queue(1000)  # a stalled stderr loses lines, not deliveries
+STDERR_QUEUE: queue.Queue[Any] = queue.Queue(1000)  # a stalled stderr loses lines, not deliveries
 
 
 def start_logging(is_verbose: bool) -> None:
     """Send what `log` gets to stderr, through a queue: a stalled reader must not block requests."""
     logging.raiseExceptions = False  # a full queue is not reported
-    handler = logging.handlers.QueueHandler(LOG_QUEUE)
+    handler = logging.handlers.QueueHandler(STDERR_QUEUE)
     handler.setFormatter(LineFormatter())
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.DEBUG if is_verbose else logging.INFO)
-    StderrListener(LOG_QUEUE).start()
+    StderrListener(STDERR_QUEUE).start()
 
 
-def flush_log() -> None:
+def flush_stderr() -> None:
     """Wait until everything is logged, for a second at most."""
-    wait_until(lambda: not LOG_QUEUE.unfinished_tasks, 1)
+    wait_until(lambda: not STDERR_QUEUE.unfinished_tasks, 1)
 
 
 class LogLimiter:
-    """Lets REJECTION_LINES_PER_SECOND lines a second pass, and counts the others. Thread-safe."""
+    """Lets MAX_WARNINGS_PER_SECOND lines a second pass, and counts the others. Thread-safe."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -1696,7 +1706,7 @@ class LogLimiter:
         """Count one more line; return True if it is within the limit."""
         with self.lock:
             self.lines += 1
-            return self.lines <= REJECTION_LINES_PER_SECOND
+            return self.lines <= MAX_WARNINGS_PER_SECOND
 
     def take_suppressed(self) -> int:
         """Begin anew if a second is over; return how many of its lines were suppressed."""
@@ -1704,7 +1714,7 @@ class LogLimiter:
             second = int(time.monotonic())
             if second == self.second:
                 return 0
-            suppressed = self.lines - REJECTION_LINES_PER_SECOND
+            suppressed = self.lines - MAX_WARNINGS_PER_SECOND
             self.second = second
             self.lines = 0
             return max(0, suppressed)
@@ -1843,7 +1853,9 @@ def load_tokens(path: str) -> tuple[str, ...]:
             lines = file.read(1024 * 1024).split("\n")
     except OSError as error:
         # Security: show the folder only; the name may be a token, put there by mistake.
-        raise ValueError(f"none in {os.path.dirname(path) or '.'}: {error.strerror}") from None
+        raise ValueError(
+            f"none to read in {os.path.dirname(path) or '.'}: {error.strerror}"
+        ) from None
     return parse_secrets([line for line in lines if line and not line.startswith("#")])
 
 
@@ -1934,14 +1946,15 @@ def parse_options(
         nearest = difflib.get_close_matches(name, options, 1, 0.0)[0]
         errors.append(f"{prefix}{name}: unknown key, the nearest known one is {nearest!r}")
     for first, second in ALTERNATIVES:
-        if first in options and (first in found) == (second in found):
-            both = "both" if first in found else "neither"
+        count = (first in found) + (second in found)
+        if first in options and count != 1:
+            both = "both" if count else "neither"
             errors.append(f"{prefix}{first}: expected {first} or {second}, found {both}")
     values = {}
     for name, option in options.items():
         values[name] = option.default
         if name in found or option.default is REQUIRED:
-            # A required key that is missing fails as null does.
+            # A required key that is missing fails as null does: no parser takes None.
             values[name] = parse_option(found.get(name), prefix + name, option, errors)
     return values
 
@@ -2104,15 +2117,15 @@ def warn_if_readable(path: str) -> None:
     for folder in ("/run/secrets", os.environ.get("CREDENTIALS_DIRECTORY")):
         if folder and real_path.startswith(os.path.realpath(folder) + os.sep):
             return
-    log.warning("%s: holds a secret, but group or others can read it (chmod 600)", path)
+    log.warning("%s: holds a secret, but its group or others can read it: chmod 600", path)
 
 
-def describe_webhook(webhook: WebhookConfig) -> str:
-    """Describe a webhook in one line, without its secrets."""
-    details = [webhook.type, webhook.path or "any path", f"tokens: {len(webhook.tokens)}"]
-    if webhook.public_url:
+def describe_webhook(config: WebhookConfig) -> str:
+    """Describe a config in one line, without its secrets."""
+    details = [config.type, config.path or "any path", f"tokens: {len(config.tokens)}"]
+    if config.public_url:
         details.append("body not protected, unless the sender covers content-digest")
-    return f"{webhook.name} ({', '.join(details)})"
+    return f"{config.name} ({', '.join(details)})"
 
 
 # ---- Checking a delivery --------------------------------------------------------------------
@@ -2129,32 +2142,32 @@ class Webhook:
         self.old_tokens_logged: dict[int, float] = {}  # by token index; monotonic seconds
 
 
-def check_signature(webhook: WebhookConfig, request: Request, now: float) -> Verified:
+def verify_any_token(config: WebhookConfig, request: Request, now: float) -> Verified:
     """Check the signature of a request. Raises SignatureError: why the last token fails."""
-    if webhook.public_url:
-        return verify_message_signature(request, webhook.tokens, webhook.public_url, now)
-    if webhook.type == "central":
+    if config.public_url:
+        return verify_message_signature(request, config.tokens, config.public_url, now)
+    if config.type == "central":
         for name in request.repeated:  # `verify_signature` gets their values joined
             if name.startswith("x-central-"):
                 raise SignatureError(f"{name} is repeated")
     failure = SignatureError("no token is configured")
-    for index, token in enumerate(webhook.tokens):
+    for index, token in enumerate(config.tokens):
         try:
-            if webhook.type == "central":
+            if config.type == "central":
                 verify_signature(request.body, request.headers, token)
                 sent_at_text = request.headers["x-central-delivery-timestamp"]
                 return Verified(index, parse_timestamp(sent_at_text))
-            verify_header_signature(request, HEADER_SIGNATURES[webhook.type], token)
+            verify_header_signature(request, HEADER_SIGNATURES[config.type], token)
             return Verified(index, None)
         except SignatureError as error:
             failure = error
     raise failure
 
 
-def check_webhook(webhook: Webhook, request: Request, now: float) -> Verified:
+def authenticate_as(webhook: Webhook, request: Request, now: float) -> Verified:
     """Check all that a webhook demands: signature, API key, access token. Raises Refusal."""
     try:
-        verified = check_signature(webhook.config, request, now)
+        verified = verify_any_token(webhook.config, request, now)
     except SignatureError as error:
         raise Refusal("signature", str(error)) from None
     if webhook.config.api_key:
@@ -2165,47 +2178,48 @@ def check_webhook(webhook: Webhook, request: Request, now: float) -> Verified:
     return verified
 
 
-def check_webhooks(
+def authenticate(
     webhooks: Sequence[Webhook], request: Request, now: float
 ) -> tuple[Webhook, Verified]:
     """Return the first webhook whose checks all pass, and what its signature says.
 
     Raises the Refusal of the webhook that passed the most checks.
     """
-    refusals = []
+    checks = ("signature", "api_key", "oidc", "provider")  # in their order
+    furthest = (-1, False)
+    failure = Refusal("signature", "no webhook is configured")
     for webhook in webhooks:
         try:
-            return webhook, check_webhook(webhook, request, now)
+            return webhook, authenticate_as(webhook, request, now)
         except Refusal as refusal:
-            refusal.webhook = webhook.config.name
-            refusals.append(refusal)
-
-    def checks_passed(refusal: Refusal) -> tuple[int, bool]:
-        passed = ("signature", "api_key", "oidc", "provider").index(refusal.reason)
-        # Among equals, the webhook whose headers are there is probably the one meant.
-        return passed, "missing" not in str(refusal)
-
-    raise max(refusals, key=checks_passed)
+            # Of two that fail at the same check, the one whose headers are there is meant.
+            headers = SIGNATURE_HEADERS[webhook.config.type]
+            progress = (checks.index(refusal.reason), request.headers.keys() >= set(headers))
+            if progress > furthest:
+                furthest = progress
+                failure = refusal
+                failure.webhook_name = webhook.config.name
+    raise failure
 
 
 def make_delivery(
-    webhook: WebhookConfig, request: Request, verified: Verified, keys: DedupKeys, now: float
+    config: WebhookConfig, request: Request, verified: Verified, keys: DedupKeys, now: float
 ) -> Delivery:
     """Return the delivery of an authentic request; an API key in its body is masked."""
     text = json_text(request.body)
-    if text is not None and webhook.api_key and webhook.api_key.field:
+    if text is not None and config.api_key and config.api_key.field:
         payload, _ = parse_json(text)
-        payload[webhook.api_key.field] = "***"
+        payload[config.api_key.field] = "***"
         text = json.dumps(payload)
     delivery_id = None
     sent_at = None
-    if webhook.type == "central":
+    if config.type == "central":
         delivery_id = request.headers["x-central-delivery-id"]
         sent_at = request.headers["x-central-delivery-timestamp"]
-    elif verified.sent_at is not None and 0 <= verified.sent_at < 1e11:
-        sent_at = format_utc(verified.sent_at)
+    elif verified.sent_time is not None and 0 <= verified.sent_time < 1e11:
+        sent_at = format_utc(verified.sent_time)
     key = ".".join([digest.hex() for digest in keys]) or None
-    return Delivery(now, webhook.name, webhook.type, delivery_id, sent_at, request.body, text, key)
+    return Delivery(now, config.name, config.type, delivery_id, sent_at, request.body, text, key)
 
 
 def diagnose(request: Request, webhooks: Sequence[Webhook], now: float) -> str:
@@ -2220,11 +2234,10 @@ def diagnose(request: Request, webhooks: Sequence[Webhook], now: float) -> str:
         return 'looks like new Central, which needs "type": "new-central"'
     if is_classic and not is_new and "central" not in types:
         return 'looks like classic Central, which needs "type": "central"'
-    body_alone = HeaderSignature("x-central-signature", "", base64.b64encode)
     for webhook in webhooks:
         config = webhook.config
         with contextlib.suppress(SignatureError):
-            check_signature(replace(config, tokens=webhook.removed_tokens), request, now)
+            verify_any_token(replace(config, tokens=webhook.removed_tokens), request, now)
             return "an older token would match, which a reload has removed"
         if config.public_url:
             hint = diagnose_message_signature(request, config.tokens, config.public_url, now)
@@ -2232,7 +2245,7 @@ def diagnose(request: Request, webhooks: Sequence[Webhook], now: float) -> str:
                 return hint
         for token in config.tokens if config.type == "central" else ():
             with contextlib.suppress(SignatureError):
-                verify_header_signature(request, body_alone, token)
+                verify_header_signature(request, CENTRAL_SIGNATURE, token)
                 return "the body alone would match: a proxy dropped the X-Central headers"
     return ""
 
@@ -2307,7 +2320,7 @@ def parse_body_length(request: Request, max_body_bytes: int) -> Optional[int]:
         if not set(codings) <= {"chunked", ""}:
             raise Refusal("coding", f"Transfer-Encoding is {coding[:40]!r}, expected chunked")
         if codings != ["chunked"]:
-            raise Refusal("malformed", "Transfer-Encoding is empty, or chunked is repeated")
+            raise Refusal("malformed", "Transfer-Encoding has an empty or repeated coding")
         return None
     if length is None:
         if request.method == "POST":
@@ -2486,13 +2499,13 @@ class WebhookHandler(BaseHTTPRequestHandler):
         server = self.server
         request = self.parsed
         now = time.time()
-        webhook, verified = check_webhooks(self.webhooks, request, now)
+        webhook, verified = authenticate(self.webhooks, request, now)
         self.webhooks = (webhook,)
         config = webhook.config
         sent_at_text = request.headers.get(SENT_AT_HEADERS.get(config.type, ""), "")
-        check_age(verified.sent_at, sent_at_text, config.replay_window_seconds, now)
+        check_age(verified.sent_time, sent_at_text, config.replay_window_seconds, now)
         server.log_old_token(webhook, verified.token_index)
-        keys = dedup_keys(config.type, request)
+        keys = make_dedup_keys(config.type, request)
         delivery = make_delivery(config, request, verified, keys, now)
         entry = server.output.render_entry(delivery, keys, webhook.replay_cache)
         if not webhook.replay_cache.reserve(keys):
@@ -2508,15 +2521,15 @@ class WebhookHandler(BaseHTTPRequestHandler):
             self.report_not_json(config)
         self.reply(200, b'{"status": "ok"}')
 
-    def report_not_json(self, webhook: WebhookConfig) -> None:
+    def report_not_json(self, config: WebhookConfig) -> None:
         """Count and log a body that was stored although it is not JSON."""
         found = guess_format(self.parsed.body)
-        if webhook.type == "ip-fabric" and found.startswith("XML"):
+        if config.type == "ip-fabric" and found.startswith("XML"):
             return
-        self.server.metrics.count_not_json(webhook.name)
+        self.server.metrics.count_not_json(config.name)
         if self.server.log_limiter.allows():
             size = len(self.parsed.body)
-            log.warning("%r: stored %d bytes that are not JSON: %s", webhook.name, size, found)
+            log.warning("%r: stored %d bytes that are not JSON: %s", config.name, size, found)
 
     def do_GET(self) -> None:
         """Answer /health or /metrics."""
@@ -2532,7 +2545,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def reply(
-        self, status: int, body: bytes, content_type: str = JSON, extra_header: str = ""
+        self, status: int, body: bytes, content_type: str = JSON_TYPE, extra_header: str = ""
     ) -> None:
         """Answer in one piece; decide whether the connection goes on. `extra_header` has a CRLF."""
         server = self.server
@@ -2558,7 +2571,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.connection.settimeout(server.config.request_timeout_seconds)  # for the whole answer
         self.wfile.write(head if request.method == "HEAD" else head + body)
         self.reader.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
-        log.debug("%d to %s: %s", status, self.client_address, body[:100])
+        log.debug("%d to %s: %s", status, self.peer(), body[:100].decode())
         if (must_close and status != 408) or (self.close_connection and server.is_stopping):
             self.linger()
 
@@ -2567,7 +2580,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         server = self.server
         request = self.parsed
         status = STATUS_BY_REASON[refusal.reason]
-        name = refusal.webhook
+        name = refusal.webhook_name
         if not name and len(self.webhooks) == 1:
             name = self.webhooks[0].config.name
         server.metrics.count(name, refusal.reason, len(request.body))
@@ -2588,7 +2601,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             extra_header = f"Allow: {allowed}\r\n"
         with contextlib.suppress(OSError):  # the sender is gone
             answer = {"error": HTTPStatus(status).phrase.lower()}
-            self.reply(status, json.dumps(answer).encode(), JSON, extra_header)
+            self.reply(status, json.dumps(answer).encode(), JSON_TYPE, extra_header)
 
     def linger(self) -> None:
         """Read and drop what comes for a while: closing with unread data loses the answer."""
@@ -2640,7 +2653,7 @@ def listen_on(host: str, port: int) -> socket.socket:
 
 
 class WebhookServer(ThreadingHTTPServer):
-    """Serves each connection in a thread. Threads are reused; their number is the most at once.
+    """Serves each connection in a thread; threads are reused, and as many as were needed at once.
 
     At most `max_connections` are open; more wait in the listen queue. `connections` holds the open
     ones and `idle` those of them that wait for a request or for their end.
@@ -2651,10 +2664,7 @@ class WebhookServer(ThreadingHTTPServer):
         self.socket.close()  # the base made one; its `server_bind` would look up the host's name
         self.socket = listener
         self.socket.setblocking(False)
-        if listener.family in (
-            socket.AF_INET,
-            socket.AF_INET6,
-        ):  # accepted sockets inherit the option
+        if listener.family in (socket.AF_INET, socket.AF_INET6):  # accepted sockets inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.config = config
         self.webhooks = tuple(Webhook(webhook) for webhook in config.webhooks)
@@ -2722,7 +2732,7 @@ class WebhookServer(ThreadingHTTPServer):
                 self.thread_count += 1
         suppressed = self.log_limiter.take_suppressed()
         if suppressed:
-            log.warning("%d more rejections within a second", suppressed)
+            log.warning("%d more warnings within a second", suppressed)
         if self.output.stdout_closed and not self.is_stopping:
             self.events.put(None)
 
@@ -2795,7 +2805,7 @@ class WebhookServer(ThreadingHTTPServer):
         deadline = time.monotonic() + DRAIN_SECONDS
         self.is_stopping = True
         self.shutdown()
-        # Those in the listen queue think that they are connected. Not for ever: more may come.
+        # Clients in the listen queue consider themselves connected; others may come for ever.
         with contextlib.suppress(OSError):
             for _ in range(LISTEN_QUEUE):
                 self.process_request(*self.get_request())
@@ -2825,37 +2835,37 @@ METRIC_LABELS = ("webhook", "result")
 class Metrics:
     """Metrics in the text format of Prometheus; no label comes from a sender. Thread-safe."""
 
-    def __init__(self, webhooks: Iterable[str]) -> None:
+    def __init__(self, webhook_names: Iterable[str]) -> None:
         self.lock = threading.Lock()
         # By metric and the values of its labels, the first ones of METRIC_LABELS.
         self.values: dict[tuple[str, ...], float] = {("body_bytes_total",): 0}
-        self.add_webhooks(webhooks)
+        self.add_webhooks(webhook_names)
 
-    def add_webhooks(self, webhooks: Iterable[str]) -> None:
+    def add_webhooks(self, webhook_names: Iterable[str]) -> None:
         """Set the series of webhooks to 0 that do not exist yet."""
         with self.lock:
-            for webhook in ("", *webhooks):
+            for name in ("", *webhook_names):
                 for result in (*STATUS_BY_REASON, "accepted", "duplicate"):
-                    self.values.setdefault(("deliveries_total", webhook, result), 0)
-                if webhook:
-                    self.values.setdefault(("last_accepted_timestamp_seconds", webhook), 0)
-                    self.values.setdefault(("not_json_total", webhook), 0)
+                    self.values.setdefault(("deliveries_total", name, result), 0)
+                if name:
+                    self.values.setdefault(("last_accepted_timestamp_seconds", name), 0)
+                    self.values.setdefault(("not_json_total", name), 0)
 
-    def count(self, webhook: str, result: str, body_bytes: int) -> None:
-        """Count a request; `webhook` is "" if it belongs to none."""
+    def count(self, webhook_name: str, result: str, body_bytes: int) -> None:
+        """Count a request; `webhook_name` is "" if it belongs to none."""
         with self.lock:
-            self.values["deliveries_total", webhook, result] += 1
+            self.values["deliveries_total", webhook_name, result] += 1
             self.values[("body_bytes_total",)] += body_bytes
             if result == "accepted":
-                self.values["last_accepted_timestamp_seconds", webhook] = round(time.time(), 3)
+                self.values["last_accepted_timestamp_seconds", webhook_name] = round(time.time(), 3)
 
-    def count_not_json(self, webhook: str) -> None:
+    def count_not_json(self, webhook_name: str) -> None:
         """Count an accepted delivery whose body is not JSON."""
         with self.lock:
-            self.values["not_json_total", webhook] += 1
+            self.values["not_json_total", webhook_name] += 1
 
     def render(self, in_flight: int) -> bytes:
-        """Return the text."""
+        """Return all metrics as text."""
         with self.lock:
             values = {**self.values, ("requests_in_flight",): in_flight}
         lines = []
@@ -2949,7 +2959,7 @@ def serve(server: WebhookServer, path: str) -> int:
     if server.output.stdout_closed:
         log.error("stopped: nobody reads stdout any more")
         return EXIT_FAILURE
-    log.info("stopped, %d requests unanswered", server.count_in_flight())
+    log.info("stopped; %d requests were cut off", server.count_in_flight())
     return 0
 
 
@@ -2979,27 +2989,27 @@ SAMPLE = {  # as classic Central sends it; the samples of all other types have t
 }
 
 
-def sign_sample(webhook: WebhookConfig, url: str, number: int) -> tuple[dict[str, str], bytes]:
+def sign_sample(config: WebhookConfig, url: str, number: int) -> tuple[dict[str, str], bytes]:
     """Return the headers and the body of a sample alert for `url`, signed with the first token."""
     now = time.time()
     payload = {**SAMPLE, "timestamp": int(now), "time": format_utc(now), "sample": number}
-    headers = {"content-type": JSON, "date": email.utils.formatdate(now, usegmt=True)}
-    if webhook.api_key and webhook.api_key.header:
-        headers[webhook.api_key.header] = webhook.api_key.values[0].encode().decode("latin-1")
-    elif webhook.api_key:
-        payload[webhook.api_key.field] = webhook.api_key.values[0]
+    headers = {"content-type": JSON_TYPE, "date": email.utils.formatdate(now, usegmt=True)}
+    if config.api_key and config.api_key.header:
+        headers[config.api_key.header] = config.api_key.values[0].encode().decode("latin-1")
+    elif config.api_key:
+        payload[config.api_key.field] = config.api_key.values[0]
     body = json.dumps(payload).encode()
-    token = webhook.tokens[0].encode()
-    if webhook.public_url:
+    token = config.tokens[0]
+    if config.public_url:
         components = '"@method" "@target-uri" "@authority" "@scheme" "@path" "date"'
         text = f"sig1=({components});created={int(now)}"
         covered = StructuredField(text).parse_dictionary()["sig1"]
-        query = url.partition("?")[2] or None
-        request = Request("POST", "", query, "HTTP/1.1", headers, frozenset())
-        base = signature_base(request, covered, webhook.public_url.spellings[0])
+        _, mark, query = url.partition("?")
+        request = Request("POST", "", query if mark else None, "HTTP/1.1", headers, frozenset())
+        base = signature_base(request, covered, config.public_url.spellings[0])
         headers["signature-input"] = text
-        headers["signature"] = "sig1=" + sign_base(token, base).decode()
-    elif webhook.type == "central":
+        headers["signature"] = "sig1=" + sign_base(token.encode(), base).decode()
+    elif config.type == "central":
         signed_headers = {
             "x-central-service": "Alerts",
             "x-central-delivery-id": f"sample-{int(now * 1000)}-{number}",
@@ -3007,12 +3017,10 @@ def sign_sample(webhook: WebhookConfig, url: str, number: int) -> tuple[dict[str
         }
         headers.update(signed_headers)
         signed = body + "".join(signed_headers.values()).encode()
-        digest = hmac.digest(token, signed, "sha256")
-        headers["x-central-signature"] = base64.b64encode(digest).decode()
+        headers["x-central-signature"] = CENTRAL_SIGNATURE.sign(signed, token).decode()
     else:
-        scheme = HEADER_SIGNATURES[webhook.type]
-        digest = hmac.digest(token, body, "sha256")
-        headers[scheme.header] = scheme.prefix + scheme.encode(digest).decode()
+        scheme = HEADER_SIGNATURES[config.type]
+        headers[scheme.header] = scheme.sign(body, token).decode()
     return headers, body
 
 
@@ -3036,12 +3044,11 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
         headers[field_name.lower()] = value.strip()
     started = time.monotonic()
     try:
-        status, data = http_request("POST", url, headers, body, SAMPLE_SECONDS)
+        status, data = http_request("POST", url, headers, body, SAMPLE_TIMEOUT_SECONDS)
     except HTTP_ERRORS as error:
         return fail(f"{url}: {str(error) or type(error).__name__}", EXIT_FAILURE)
     milliseconds = 1000 * (time.monotonic() - started)
-    answer = escape_text(data[:500].decode(errors="replace").strip())
-    print(f"{status} {answer} {milliseconds:.0f} ms")
+    print_line(f"{status} {data[:500].decode(errors='replace').strip()} {milliseconds:.0f} ms")
     return 0 if status == 200 else EXIT_FAILURE
 
 
@@ -3065,10 +3072,10 @@ def run_demo(render: Callable[[Delivery], str]) -> int:
             title = "forged alert, one word of its body changed"
             body = body.replace(b"Critical", b"Harmless")
         try:
-            status, answer = http_request("POST", url, headers, body, SAMPLE_SECONDS)
+            status, answer = http_request("POST", url, headers, body, SAMPLE_TIMEOUT_SECONDS)
         except HTTP_ERRORS as error:
             return fail(f"{url}: {error}", EXIT_FAILURE)
-        flush_log()
+        flush_stderr()
         print_error(f"{title}: {status} {answer.decode()}")
         statuses.append(status)
     return 0 if statuses == [200, 200, 200, 401] else EXIT_FAILURE
@@ -3079,20 +3086,25 @@ def check_config(config: Config) -> int:
     log_file = config.log_file or "none, so a 200 is only as safe as what reads stdout"
     lines = [f"host: {config.host}; port: {config.port}", f"log_file: {log_file}"]
     for line in (*lines, *map(describe_webhook, config.webhooks)):
-        print(escape_text(line).encode("ascii", "backslashreplace").decode())
+        print_line(line)
     check_handle_alert()
     listen_on(config.host, 0).close()
     if config.log_file:
         is_new = not os.path.lexists(config.log_file)
-        os.close(open_log(config.log_file))
+        os.close(open_log_file(config.log_file))
         if is_new:
             os.unlink(config.log_file)
     return 0
 
 
+def print_line(text: str) -> None:
+    """Write a line to stdout, in ASCII, past its buffer. Raises OSError."""
+    os.write(STDOUT, (escape_text(text) + "\n").encode("ascii", "backslashreplace"))
+
+
 def fail(message: str, code: int) -> int:
     """Say in one line why the program ends, after what was logged before; return its exit code."""
-    flush_log()
+    flush_stderr()
     print_error(f"{PROGRAM}: error: {escape_text(message)}")
     return code
 
@@ -3192,7 +3204,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         return EXIT_FAILURE if options.send_sample is not None else 0
     finally:
-        flush_log()
+        flush_stderr()
 
 
 if __name__ == "__main__":

@@ -408,17 +408,22 @@ def run_at_once(*runs, **options):
 
 
 @contextlib.contextmanager
-def captured_stderr():
-    """Collect what this process writes to descriptor 2; the value is a function that returns it."""
-    sys.stderr.flush()
+def captured(stream, descriptor):
+    """Collect what this process writes to a descriptor; the value is a function that returns it."""
+    stream.flush()
     with tempfile.TemporaryFile() as file:
-        saved = os.dup(2)
-        os.dup2(file.fileno(), 2)
+
+        def collected():
+            stream.flush()
+            return os.pread(file.fileno(), 1 << 20, 0).decode()
+
+        saved = os.dup(descriptor)
+        os.dup2(file.fileno(), descriptor)
         try:
-            yield lambda: os.pread(file.fileno(), 1 << 20, 0).decode()
+            yield collected
         finally:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
+            stream.flush()
+            os.dup2(saved, descriptor)
             os.close(saved)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -23,7 +21,7 @@ from tests.support import (
     TOKEN,
     TOP,
     Receiver,
-    captured_stderr,
+    captured,
     central_headers,
     config_of,
     new_body,
@@ -175,6 +173,17 @@ class CheckConfig(Called):
         self.assertEqual(code, 0)
         self.assertIn(f"log_file: {self.folder / 'alerts.log'}\n", stdout)
         self.assertEqual(list(self.folder.iterdir()), [self.path])
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs a file that is always full")
+    def test_what_it_cannot_print_is_an_error(self):
+        self.write(config_of())
+        command = [sys.executable, support.PROGRAM, "-t", f"-i={self.path}"]
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, env={}
+            )
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"\A\S+: error: stdout: .+\n\Z")
 
     def test_it_changes_nothing_of_a_log_that_a_receiver_writes(self):
         with Receiver(web(log_file="alerts.log")) as receiver:
@@ -339,12 +348,11 @@ class SendSample(unittest.TestCase):
         path = self.receiver.folder / "sender.json"
         path.write_text(json.dumps(config or config_of(self.receiver.port, self.WEBHOOKS)))
         path.chmod(0o600)
-        stdout = io.StringIO()
-        with contextlib.redirect_stdout(stdout), captured_stderr() as stderr:
+        with captured(sys.stdout, 1) as stdout, captured(sys.stderr, 2) as stderr:
             code = product.main(["-i", str(path), "--send-sample", *arguments])
-            said = stderr()
-        self.assertNotIn(TOKEN, stdout.getvalue() + said)
-        return code, stdout.getvalue(), said
+            texts = stdout(), stderr()
+        self.assertNotIn(TOKEN, "".join(texts))
+        return code, *texts
 
     def test_a_sample_of_every_type_is_accepted_at_the_configured_address(self):
         for webhook in self.WEBHOOKS:

@@ -4,12 +4,11 @@ traceback.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -18,7 +17,7 @@ import central_webhook_client as product
 from tests.support import (
     PATH,
     TOKEN,
-    captured_stderr,
+    captured,
     config_of,
     run_at_once,
 )
@@ -87,15 +86,14 @@ class Called(unittest.TestCase):
 
     def call(self, *arguments):
         """Return exit code, stdout and stderr of main()."""
-        stdout = io.StringIO()
-        with contextlib.redirect_stdout(stdout), captured_stderr() as stderr:
+        with captured(sys.stdout, 1) as stdout, captured(sys.stderr, 2) as stderr:
             try:
                 code = product.main(list(arguments))
             except SystemExit as end:
                 code = end.code or 0
-            said = stderr()
-        self.assert_clean(stdout.getvalue(), said)
-        return code, stdout.getvalue(), said
+            texts = stdout(), stderr()
+        self.assert_clean(*texts)
+        return code, *texts
 
     def run_at_once(self, *runs):
         """Return exit code, stdout and stderr of processes that end by themselves, for each list of

@@ -494,8 +494,8 @@ class Providers(unittest.TestCase):
 
     def ask(self, kid="k1", seconds_later=0, algorithm="RS256"):
         """Return the kids of the keys for a token, as if asked so much later."""
-        self.client.asked -= seconds_later
-        self.client.answered -= seconds_later
+        self.client.attempted_at -= seconds_later
+        self.client.refreshed_at -= seconds_later
         issuer, keys = self.client.signing_keys(kid, algorithm)
         self.assertEqual(issuer, ISSUER)
         return [key.kid for key in keys]
@@ -551,7 +551,7 @@ class Providers(unittest.TestCase):
     def test_one_thread_fetches_and_only_those_without_a_known_key_wait(self):
         self.ask()
         self.publish(jwk(), jwk(kid="k2"))
-        self.client.asked -= 10
+        self.client.attempted_at -= 10
         self.gate.clear()
         found = queue.SimpleQueue()
         for _ in range(5):
