@@ -256,7 +256,7 @@ class Stop(LifeTest):
                             connection.sendall(HEALTH)
                             connection.recv(1000)
 
-            threads = [threading.Thread(target=connect_again_and_again) for _ in range(40)]
+            threads = [threading.Thread(target=connect_again_and_again) for _ in range(20)]
             for thread in threads:
                 thread.start()
             deadline_poll(lambda: receiver.in_flight() == 1)

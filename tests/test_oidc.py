@@ -656,8 +656,8 @@ class HttpRequests(unittest.TestCase):
     def assert_given_up(self, url):
         """Assert that a request ends in time."""
         started = time.monotonic()
-        with self.assertRaisesRegex(OSError, "no whole answer within 0.2 s|timed out"):
-            self.get(url, 0.2)
+        with self.assertRaisesRegex(OSError, "no whole answer within 0.1 s|timed out"):
+            self.get(url, 0.1)
         self.assertLess(time.monotonic() - started, 3)
 
     def test_a_server_that_drips_or_is_silent_is_given_up_in_time(self):
