@@ -289,7 +289,7 @@ def summarize(payload: Any) -> Summary:
         if isinstance(nested, dict):
             sources.append(nested)
 
-    def first(*names: str) -> str:  # by name, and for each name the outer object first
+    def find(*names: str) -> str:  # by name, and for each name the outer object first
         for name in names:
             for source in sources:
                 value = source.get(name)
@@ -299,16 +299,16 @@ def summarize(payload: Any) -> Summary:
                     return str(value)
         return ""
 
-    name = first("alert_type", "name", "event", "type", "text")
+    name = find("alert_type", "name", "event", "type", "text")
     if isinstance(alert.get("events"), list):
-        name = f"{first('topic')} {first('type')} ({len(alert['events'])} events)"
+        name = f"{find('topic')} {find('type')} ({len(alert['events'])} events)"
     return Summary(
-        severity=first("severity"),
-        state=first("state", "status"),
+        severity=find("severity"),
+        state=find("state", "status"),
         name=name,
-        device=first("device_id", "serial", "deviceSerial", "device_name", "mac", "deviceType"),
-        site=first("site", "siteName", "siteId", "site_name", "site_id"),
-        description=first("description", "summary", "reason"),
+        device=find("device_id", "serial", "deviceSerial", "device_name", "mac", "deviceType"),
+        site=find("site", "siteName", "siteId", "site_name", "site_id"),
+        description=find("description", "summary", "reason"),
     )
 
 
@@ -1273,7 +1273,7 @@ def lines_from_end(path: str) -> Iterable[bytes]:
 
 
 def restore_replay_caches(path: str, caches: Mapping[str, ReplayCache], oldest: float) -> None:
-    """Restore replay caches, by name of their webhook, from the end of a log.
+    """Restore replay caches, by name of their webhook, from the end of a log file.
 
     Reads until all are full or a line was received before `oldest` (epoch seconds), but at most
     4 * REMEMBERED_DELIVERIES lines, which takes about a second. Raises OutputError.
@@ -1364,7 +1364,7 @@ def render_pretty(delivery: Delivery, colour: bool) -> str:
 
 @dataclass
 class Entry:
-    """A delivery on its way to stdout and the log."""
+    """A delivery on its way to stdout and the log file."""
 
     delivery: Delivery
     keys: DedupKeys
@@ -1374,7 +1374,7 @@ class Entry:
     error: str = "not written"  # why it is not stored; "" if it is
 
     def log_file_line(self) -> bytes:
-        """Return the line for the log: that of stdout with the key."""
+        """Return the line for the log file: that of stdout with the key."""
         return f'{self.json_line[:-2]}, "key": {json.dumps(self.delivery.key)}}}\n'.encode()
 
 
@@ -1387,7 +1387,7 @@ class Batch:
 
 
 def open_log_file(path: str) -> int:
-    """Open a log for appending. Raises OutputError if that fails, or it is not a regular file."""
+    """Open a log file for appending. Raises OutputError, also if it is not a regular file."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags, 0o640)
@@ -1403,7 +1403,7 @@ sync_file = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
 class LogFile:
-    """The log of accepted deliveries. It is append-only: it never shrinks, no byte changes.
+    """The file of accepted deliveries. It is append-only: it never shrinks, no byte changes.
 
     A failed write or a power loss may leave a half line. The next write begins with a line feed, so
     that readers see the half line as a line of its own, which is not JSON.
@@ -1457,10 +1457,10 @@ class LogFile:
 
 
 class Output:
-    """stdout and the log: what is accepted is written to both before it is answered.
+    """stdout and the log file: what is accepted is written to both before it is answered.
 
     Many threads write. What arrives while a batch is being written forms the next batch, which has
-    one sync (group commit). Replay caches and `handle_alert` get what is stored in log order.
+    one sync (group commit). Replay caches and `handle_alert` get what is stored, in order.
     """
 
     def __init__(
@@ -1579,7 +1579,7 @@ class Output:
             raise OutputError(f"stdout: {error.strerror}") from None
 
     def use_log_file(self, path: Optional[str]) -> None:
-        """Open the log at `path` unless it is open. Raises OutputError; the old one stays then."""
+        """Open the log file at `path` unless it is open. Raises OutputError; the old one stays."""
         old = self.log_file
         if old and path:
             with contextlib.suppress(OSError):
@@ -1593,7 +1593,7 @@ class Output:
                 log.info("%s: moved, deleted or replaced, so it was opened again", path)
 
     def reload(self, log_file: Optional[str], write_timeout: float) -> None:
-        """Go on with another log and time-out. Raises OutputError; nothing has changed then."""
+        """Change the log file and the time-out. Raises OutputError; then nothing has changed."""
         if not self.write_lock.acquire(timeout=self.write_timeout):
             raise OutputError("the output is stuck")
         try:
@@ -1935,27 +1935,27 @@ def parse_option(value: Any, where: str, option: Option, errors: list[str]) -> A
 
 
 def parse_options(
-    found: Any, where: str, options: Mapping[str, Option], errors: list[str]
+    raw: Any, where: str, options: Mapping[str, Option], errors: list[str]
 ) -> dict[str, Any]:
-    """Return the value of each option, None if it is wrong; {} if `found` is not an object."""
-    if not isinstance(found, dict):
-        errors.append(f"{where or 'the file'}: expected an object, found {describe_type(found)}")
+    """Return the value of each option, None if it is wrong; {} if `raw` is not an object."""
+    if not isinstance(raw, dict):
+        errors.append(f"{where or 'the file'}: expected an object, found {describe_type(raw)}")
         return {}
     prefix = f"{where}." if where else ""
-    for name in sorted(found.keys() - options.keys()):
+    for name in sorted(raw.keys() - options.keys()):
         nearest = difflib.get_close_matches(name, options, 1, 0.0)[0]
         errors.append(f"{prefix}{name}: unknown key, the nearest known one is {nearest!r}")
     for first, second in ALTERNATIVES:
-        count = (first in found) + (second in found)
+        count = (first in raw) + (second in raw)
         if first in options and count != 1:
             both = "both" if count else "neither"
             errors.append(f"{prefix}{first}: expected {first} or {second}, found {both}")
     values = {}
     for name, option in options.items():
         values[name] = option.default
-        if name in found or option.default is REQUIRED:
+        if name in raw or option.default is REQUIRED:
             # A required key that is missing fails as null does: no parser takes None.
-            values[name] = parse_option(found.get(name), prefix + name, option, errors)
+            values[name] = parse_option(raw.get(name), prefix + name, option, errors)
     return values
 
 
@@ -1967,20 +1967,20 @@ SIGNATURE_HEADERS = {  # by type: no other check can use them
 }
 
 
-def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Optional[WebhookConfig]:
+def load_webhook(raw: Any, where: str, folder: str, errors: list[str]) -> Optional[WebhookConfig]:
     """Load one webhook, and its `token_file`, relative to `folder`; None if there are errors."""
     errors_before = len(errors)
-    values = parse_options(found, where, WEBHOOK_OPTIONS, errors)
+    values = parse_options(raw, where, WEBHOOK_OPTIONS, errors)
     if not values:
         return None
     tokens = values["token"]
     token_file = None
-    if values["token_file"] and "token" not in found:
+    if values["token_file"] and "token" not in raw:
         token_file = os.path.join(folder, values["token_file"])
         tokens = parse_option(token_file, f"{where}.token_file", TOKEN_FILE_OPTION, errors)
     webhook_type = values["type"]
     public_url = values["public_url"]
-    if webhook_type and (webhook_type == "new-central") != ("public_url" in found):
+    if webhook_type and (webhook_type == "new-central") != ("public_url" in raw):
         errors.append(f"{where}.public_url: expected with type new-central, and only there")
     path = values["path"] or (public_url.path if public_url else None)
     if path in RESERVED_PATHS:
@@ -1994,7 +1994,7 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
     oidc = None
     if values["oidc"]:
         oidc = Oidc(**values["oidc"])
-        if not found["oidc"].keys() & {"audience", "client_id"}:
+        if not raw["oidc"].keys() & {"audience", "client_id"}:
             errors.append(f"{where}.oidc: expected audience or client_id or both, found neither")
         headers.append("authorization")
     for header in find_repeated(headers):
@@ -2015,12 +2015,12 @@ def load_webhook(found: Any, where: str, folder: str, errors: list[str]) -> Opti
     )
 
 
-def load_webhooks(found: Any, folder: str, errors: list[str]) -> tuple[WebhookConfig, ...]:
+def load_webhooks(raw: Any, folder: str, errors: list[str]) -> tuple[WebhookConfig, ...]:
     """Load the webhooks: one object, or an array of objects that can be told apart."""
     where = "central_info.webhook"
-    items = {where: found}
-    if found and isinstance(found, list):
-        items = {f"{where}[{index}]": item for index, item in enumerate(found)}
+    items = {where: raw}
+    if raw and isinstance(raw, list):
+        items = {f"{where}[{index}]": item for index, item in enumerate(raw)}
     webhooks = {}  # those without errors, by place
     names = []
     for place, item in items.items():
@@ -2044,21 +2044,23 @@ def load_webhooks(found: Any, folder: str, errors: list[str]) -> tuple[WebhookCo
 def diagnose_json(error: json.JSONDecodeError) -> str:
     """Say where a text is not JSON, and which common mistake it is."""
     text = error.doc
-    found = text[error.pos : error.pos + 1]
+    character = text[error.pos : error.pos + 1]
     line = text.split("\n")[error.lineno - 1]
     problem = error.msg[0].lower() + error.msg[1:]
-    is_last_comma = found in ("}", "]") and text[: error.pos].rstrip().endswith(",")
+    is_last_comma = character in ("}", "]") and text[: error.pos].rstrip().endswith(",")
     if is_last_comma or "trailing comma" in error.msg:  # Python 3.13 names it
         error = json.JSONDecodeError("", text, text.rfind(",", 0, error.pos + 1))
         problem = "a comma after the last entry"
-    elif found in ("/", "#"):
+    elif character in ("/", "#"):
         problem = "a comment, which JSON does not have"
-    elif found == "'":
+    elif character == "'":
         problem = "single quotes, where JSON has double quotes"
     elif "escape" in error.msg:
         problem = r"a single backslash: write \\ or, in a path, /"
-    elif found.isspace() and found not in "\r\n\t ":
-        problem = f"a space that JSON does not have (U+{ord(found):04X}), perhaps a no-break space"
+    elif character.isspace() and character not in "\r\n\t ":
+        problem = (
+            f"a space that JSON does not have (U+{ord(character):04X}), perhaps a no-break space"
+        )
     elif re.search("[\u2018-\u201f\u00ab\u00bb]", line):
         problem = "typographic quotes, where JSON has plain double quotes"
     elif re.search("control|Unterminated", error.msg):
@@ -2523,13 +2525,13 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     def report_not_json(self, config: WebhookConfig) -> None:
         """Count and log a body that was stored although it is not JSON."""
-        found = guess_format(self.parsed.body)
-        if config.type == "ip-fabric" and found.startswith("XML"):
+        guess = guess_format(self.parsed.body)
+        if config.type == "ip-fabric" and guess.startswith("XML"):
             return
         self.server.metrics.count_not_json(config.name)
         if self.server.log_limiter.allows():
             size = len(self.parsed.body)
-            log.warning("%r: stored %d bytes that are not JSON: %s", config.name, size, found)
+            log.warning("%r: stored %d bytes that are not JSON: %s", config.name, size, guess)
 
     def do_GET(self) -> None:
         """Answer /health or /metrics."""
@@ -2760,7 +2762,7 @@ class WebhookServer(ThreadingHTTPServer):
             log.info("webhook %r: token %s still matches", webhook.config.name, position)
 
     def restore_caches(self, webhooks: Iterable[Webhook], path: Optional[str]) -> None:
-        """Restore the replay caches of webhooks from a log. Raises OutputError."""
+        """Restore the replay caches of webhooks from a log file. Raises OutputError."""
         webhooks = [webhook for webhook in webhooks if webhook.config.type not in NO_DEDUP]
         if webhooks and path:
             caches = {webhook.config.name: webhook.replay_cache for webhook in webhooks}
@@ -2771,7 +2773,7 @@ class WebhookServer(ThreadingHTTPServer):
     def reload(self, config: Config) -> None:
         """Swap in a new configuration; what is remembered stays.
 
-        Raises OutputError if its log cannot be used; the old configuration stays whole.
+        Raises OutputError if its log file cannot be used; the old configuration stays whole.
         """
         if (config.host, config.port) != (self.config.host, self.config.port):
             log.warning("host and port change with a restart only")
