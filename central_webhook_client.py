@@ -524,6 +524,11 @@ def split_url(url: str) -> tuple[urllib.parse.SplitResult, str]:
     return parts, parts.hostname
 
 
+def format_host(host: str) -> str:
+    """Return a host as it is written in a URL: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def without_port(authority: str) -> str:
     """Return the host of an authority, as it is written there."""
     return re.sub(":[0-9]*$", "", authority)
@@ -3036,8 +3041,7 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     if not url and not config.port:
         return fail("--send-sample: expected a URL, since port 0 is any free port", EXIT_USAGE)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    host = f"[{host}]" if ":" in host else host
-    url = url or f"http://{host}:{config.port}{webhook.path or '/centralwebhook'}"
+    url = url or f"http://{format_host(host)}:{config.port}{webhook.path or '/centralwebhook'}"
     headers, body = sign_sample(webhook, url, 1)
     for line in header_lines:
         field_name, colon, value = line.partition(":")
@@ -3173,7 +3177,9 @@ def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
     server = WebhookServer(config, output, listener)
     server.restore_caches(server.webhooks, config.log_file)
     address: Any = listener.getsockname()
-    shown = f"{address[0]} port {address[1]}" if isinstance(address, tuple) else f"{address}"
+    shown = f"{address}"
+    if isinstance(address, tuple):
+        shown = f"{address[0]} port {address[1]} (http://{format_host(address[0])}:{address[1]})"
     webhooks = ", ".join(map(describe_webhook, config.webhooks))
     outputs = f"stdout, {config.log_file}" if config.log_file else "stdout"
     text = "%s %s listens on %s; webhooks: %s; output: %s"
