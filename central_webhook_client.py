@@ -4,8 +4,8 @@
     python3 central_webhook_client.py -i=input_info.json
 
 One file, Python 3.9 or newer, standard library only. It runs behind an HTTPS reverse proxy
-(nginx/centralwebhook.conf). A delivery is one POST. `WebhookHandler.handle_one_request` takes the
-first of its five steps, `do_POST` the others:
+(nginx/centralwebhook.conf). A delivery is one POST. `WebhookHandler.handle_one_request` does
+step 1, `do_POST` steps 2 to 5:
 
     1. read     well-formed HTTP, a known path, the raw body   parse_request, route, read_body
     2. verify   signature, API key, access token               authenticate
@@ -205,7 +205,7 @@ def verify_signature(body: bytes, headers: Mapping[str, str], token: str) -> Non
     for name, value in headers.items():
         if name.lower() in found:
             found[name.lower()].append(value)
-    for name, values in found.items():  # in the order in which they are signed
+    for name, values in found.items():
         if len(values) != 1 or not values[0]:
             raise SignatureError(f"{name} is missing, empty or repeated")
     try:
@@ -300,7 +300,7 @@ def summarize(payload: Any) -> Summary:
         return ""
 
     name = find("alert_type", "name", "event", "type", "text")
-    if isinstance(alert.get("events"), list):
+    if "topic" in alert and isinstance(alert.get("events"), list):
         name = f"{find('topic')} {find('type')} ({len(alert['events'])} events)"
     return Summary(
         severity=find("severity"),
@@ -847,8 +847,8 @@ def verify_message_signature(
             if any(item.value == "content-digest" for item in covered.value):
                 check_content_digest(request)
             created = covered.parameters.get("created")
-            sent_at = created.value if created else parse_http_date(request.headers["date"])
-            return Verified(matches.index(True), sent_at)
+            sent_time = created.value if created else parse_http_date(request.headers["date"])
+            return Verified(matches.index(True), sent_time)
         except SignatureError as error:  # a bad one beside a good one does no harm: section 7.2.6
             failure = error
     raise failure
@@ -879,6 +879,7 @@ def diagnose_message_signature(
     no_at = (b'\n"@signature-params": ', b'\n"signature-params": ')
     no_end = (b'\n"@signature-params": .*', b"")
     deviations = [  # name, URL, what to replace in the signature base, keys
+        ("", typed, [], keys),  # the signature is right, and something else is wrong
         ("the method in lower case", typed, [lower], keys),
         ('"signature-params" without @', typed, [no_at], keys),
         ('the method in lower case and "signature-params" without @', typed, [lower, no_at], keys),
@@ -897,7 +898,7 @@ def diagnose_message_signature(
                 for pattern, replacement in replacements:
                     bases = {re.sub(pattern, replacement, base) for base in bases}
                 if is_message_signature(received, tried_keys, bases):
-                    return f"would match with {name}"
+                    return f"would match with {name}" if name else ""
     if host and without_port(host).lower() != without_port(authority):
         return f"Host is '{escape_text(host[:80])}', but public_url says '{authority}'"
     return ""
@@ -1113,7 +1114,7 @@ class JwksClient:
         )
         if status != 200 or len(data) > MAX_ANSWER_BYTES:
             raise ValueError(
-                f"status {status}, {len(data)} bytes: expected 200, {MAX_ANSWER_BYTES}"
+                f"status {status}, {len(data)} bytes; expected 200, up to {MAX_ANSWER_BYTES}"
             )
         return parse_json_object(data)
 
@@ -1141,14 +1142,13 @@ def parse_timestamp(text: str) -> Optional[float]:
     match = _ISO_8601.fullmatch(text)
     if not match:
         return parse_http_date(text)
-    # "00" stands for what is missing, the sign included.
-    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups("00")
-    offset = f"{sign}{hours}:{minutes}" if sign in ("+", "-") else "+00:00"
+    year, month, day, hour, minute, second, fraction, sign, hours, minutes = match.groups()
+    offset = f"{sign or '+'}{hours or '00'}:{minutes or '00'}"
     try:
         start = datetime.fromisoformat(f"{year}-{month}-{day}T{hour}:{minute}{offset}")
     except ValueError:
         return None
-    return start.timestamp() + int(second) + float("0." + fraction)
+    return start.timestamp() + int(second) + float(f"0.{fraction or 0}")
 
 
 def parse_http_date(text: str) -> Optional[float]:
@@ -1178,7 +1178,7 @@ def check_age(
         raise Refusal("stale", f"its time {sent_at_text[:80]!r} is not understood; {advice}")
     age = now - sent_time
     if age > window_seconds:
-        allowed = f"allowed are {window_seconds / 3600:g}"
+        allowed = f"the limit is {window_seconds / 3600:g}"
         raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, {allowed}: is a clock wrong?")
     if -age > MAX_FUTURE_SECONDS:
         raise Refusal("stale", f"sent {-age / 60:.0f} minutes in the future: is a clock wrong?")
@@ -1261,7 +1261,7 @@ _LOG_FILE_LINE = re.compile(  # when, which webhook, its dedup keys
 
 def lines_from_end(path: str) -> Iterable[bytes]:
     """Yield the lines of a file, the last one first, without their line feeds."""
-    with open(path, "rb") as file:  # not mapped: a file that shrinks meanwhile would kill us
+    with open(path, "rb") as file:  # not mmap: SIGBUS if the file shrinks meanwhile
         position = file.seek(0, os.SEEK_END)
         pieces: list[bytes] = []  # of the line whose beginning was not read yet, the last one first
         while position:
@@ -1324,16 +1324,16 @@ def render_json(delivery: Delivery) -> str:
         "type": delivery.type,
         "delivery_id": delivery.delivery_id,
         "sent_at": delivery.sent_at,
-        "alert": None,
     }
     if delivery.text is None:
+        fields["alert"] = None
         try:
             fields["body"] = delivery.body.decode()
         except UnicodeDecodeError:
             fields["body_base64"] = base64.b64encode(delivery.body).decode()
     line = json.dumps(fields).replace("\x7f", "\\u007f")
     if delivery.text is not None:  # not serialised: numbers, order and spelling stay as sent
-        line = f"{line[: -len('null}')]}{to_ascii_line(delivery.text)}}}"
+        line = f'{line[:-1]}, "alert": {to_ascii_line(delivery.text)}}}'
     return line + "\n"
 
 
@@ -1421,7 +1421,7 @@ class LogFile:
         try:
             if sys.platform != "win32":
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sync_file(self.descriptor)  # its lines will be answered with 200, as duplicates
+            sync_file(self.descriptor)  # its lines are duplicates from now on, answered with 200
         except OSError as error:
             os.close(self.descriptor)
             in_use = isinstance(error, BlockingIOError)
@@ -1443,8 +1443,8 @@ class LogFile:
 
     def append(self, lines: Sequence[bytes]) -> tuple[int, str]:
         """Append lines, synced; return how many are stored, and why the others are not ("")."""
-        start = b"\n" if self.ends_mid_line() else b""
-        data = start + b"".join(lines)
+        separator = b"\n" if self.ends_mid_line() else b""
+        data = separator + b"".join(lines)
         written = 0
         failure = ""
         try:
@@ -1453,7 +1453,7 @@ class LogFile:
         except OSError as error:
             failure = f"{self.path}: {error.strerror}"
         # + 1: a line that lacks only its line feed is stored, since the next write begins with one.
-        stored = data.count(b"\n", len(start), written + 1)
+        stored = data.count(b"\n", len(separator), written + 1)
         try:
             sync_file(self.descriptor)
         except OSError as error:
@@ -1513,8 +1513,9 @@ class Output:
         """
         with self.lock:
             batch = self.batch
+            is_first = not batch.entries
             batch.entries.append(entry)
-        if batch.entries[0] is entry:
+        if is_first:
             self.write_batch(batch)
         elif not batch.written.wait(self.write_timeout):
             raise OutputError(f"not written within {self.write_timeout:g} s")
@@ -1714,7 +1715,7 @@ class LogLimiter:
             return self.lines <= MAX_WARNINGS_PER_SECOND
 
     def take_suppressed(self) -> int:
-        """Begin anew if a second is over; return how many of its lines were suppressed."""
+        """If a second is over, start the next one; return how many lines were suppressed."""
         with self.lock:
             second = int(time.monotonic())
             if second == self.second:
@@ -1811,7 +1812,7 @@ _PLACEHOLDER = re.compile(  # what templates and examples have where a secret be
     r"|(?:replace|insert|paste|add|enter|put)[-_ ](?:me|this|it|with|your|the|token)(?![a-z]).*"
     r"|change[-_ ]?(?:me|this|it)(?![a-z]).*|replace[-_ ]?(?:me|this|it)|to-?do|tbd|fixme|x{3,}"
     r"|(?:your|my|the|insert|enter|put|paste|add)[_ ].*[_ ]here"
-    r"|your[_ ](?:\w+[_ ])*(?:token|secret|key|password)(?:[_ ]\w+)*",
+    r"|your[_ ](?:[a-z0-9]+[_ ])*(?:token|secret|key|password)(?:[_ ][a-z0-9]+)*",
     re.IGNORECASE | re.ASCII,
 )
 
@@ -2199,7 +2200,7 @@ def authenticate(
         try:
             return webhook, authenticate_as(webhook, request, now)
         except Refusal as refusal:
-            # Of two that fail at the same check, the one whose headers are there is meant.
+            # If two fail at the same check, prefer the one whose signature headers are there.
             headers = SIGNATURE_HEADERS[webhook.config.type]
             progress = (checks.index(refusal.reason), request.headers.keys() >= set(headers))
             if progress > furthest:
@@ -2560,6 +2561,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         connection = request.headers.get("connection", "").lower()
         options = [option.strip() for option in connection.split(",")]
         must_close = status >= 400 and status != 401  # after a 401 the connection is in step
+        needs_linger = must_close and status != 408  # after a 408 nothing is on its way
         self.close_connection = (
             must_close
             or "close" in options
@@ -2578,8 +2580,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
         self.connection.settimeout(server.config.request_timeout_seconds)  # for the whole answer
         self.wfile.write(head if request.method == "HEAD" else head + body)
         self.reader.deadline = time.monotonic() + KEEP_ALIVE_SECONDS
-        log.debug("%d to %s: %s", status, self.peer(), body[:100].decode())
-        if (must_close and status != 408) or (self.close_connection and server.is_stopping):
+        log.debug("%d to %s: %s", status, self.client_address, body[:100])
+        if needs_linger or (self.close_connection and server.is_stopping):
             self.linger()
 
     def refuse(self, refusal: Refusal) -> None:
@@ -2620,7 +2622,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
                 pass
 
     def peer(self) -> str:
-        """Return who sent the request: the last of X-Forwarded-For if a trusted proxy did."""
+        """Return the sender: the last address of X-Forwarded-For if the peer is trusted."""
         is_tcp = isinstance(self.client_address, tuple)  # a Unix socket has a path
         address = str(self.client_address[0]) if is_tcp else ""
         if address:
@@ -2941,12 +2943,12 @@ def reload_config(server: WebhookServer, path: str) -> None:
 
 def serve(server: WebhookServer, path: str) -> int:
     """Serve until a signal says stop, or stdout is gone; return the exit code."""
-    stops = []
+    stop_signals = []
 
     def on_signal(number: int, frame: Any) -> None:
         if number in STOP_SIGNALS:
-            stops.append(number)
-        if len(stops) > 1:
+            stop_signals.append(number)
+        if len(stop_signals) > 1:
             os._exit(EXIT_FAILURE if server.output.stdout_closed else 0)
         server.events.put(number)
 

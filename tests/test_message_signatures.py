@@ -527,6 +527,9 @@ class NewCentral(unittest.TestCase):
                     self.assert_accepted(request)
                     request.body = body + b"x"
                 self.assert_refused(request)
+                url = product.parse_public_url(URL)
+                hint = product.diagnose_message_signature(request, [KEY], url, NOW)
+                self.assertEqual(hint, "", "the signature itself is right")
         self.assert_accepted(message({"sig1": member()}, body=body, content_digest=bad256))
 
 

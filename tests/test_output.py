@@ -199,6 +199,7 @@ class Pretty(unittest.TestCase):
         for payload, parts in (
             (new_central, ("AP Down", "MAJOR", "Active", "An AP is down", "CN7", "HQ")),
             (mist, ("alarms", "device_down", "2 events", "Lab")),
+            ({"alert_type": "Of another sender", "events": [{}]}, ("Of another sender",)),
         ):
             header, _ = self.render(payload)
             for part in parts:
