@@ -1730,7 +1730,7 @@ class LogLimiter:
 
 
 @dataclass(frozen=True)
-class WebhookConfig:
+class WebhookSettings:
     """One configured sender."""
 
     name: str
@@ -1755,7 +1755,7 @@ class Config:
     request_timeout_seconds: float
     max_connections: int
     trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
-    webhooks: tuple[WebhookConfig, ...]
+    webhook_settings: tuple[WebhookSettings, ...]
 
 
 def parse_text(value: Any, pattern: str = ".+") -> str:
@@ -1973,7 +1973,7 @@ SIGNATURE_HEADERS = {  # by type: no other check can use them
 }
 
 
-def load_webhook(raw: Any, where: str, folder: str, errors: list[str]) -> Optional[WebhookConfig]:
+def load_webhook(raw: Any, where: str, folder: str, errors: list[str]) -> Optional[WebhookSettings]:
     """Load one webhook, and its `token_file`, relative to `folder`; None if there are errors."""
     errors_before = len(errors)
     values = parse_options(raw, where, WEBHOOK_OPTIONS, errors)
@@ -2008,7 +2008,7 @@ def load_webhook(raw: Any, where: str, folder: str, errors: list[str]) -> Option
     if len(errors) > errors_before:
         return None
     window = 3600 * values["replay_window_hours"]
-    return WebhookConfig(
+    return WebhookSettings(
         name=values["name"] or webhook_type,
         type=webhook_type,
         path=path,
@@ -2021,7 +2021,7 @@ def load_webhook(raw: Any, where: str, folder: str, errors: list[str]) -> Option
     )
 
 
-def load_webhooks(raw: Any, folder: str, errors: list[str]) -> tuple[WebhookConfig, ...]:
+def load_webhooks(raw: Any, folder: str, errors: list[str]) -> tuple[WebhookSettings, ...]:
     """Load the webhooks: one object, or an array of objects that can be told apart."""
     where = "central_info.webhook"
     items = {where: raw}
@@ -2099,7 +2099,7 @@ def read_config(data: bytes, folder: str = "") -> Config:
     webclient = top["webclient_info"]
     if webclient["log_file"]:
         webclient["log_file"] = os.path.join(folder, webclient["log_file"])
-    return Config(**webclient, webhooks=webhooks)
+    return Config(**webclient, webhook_settings=webhooks)
 
 
 def load_config(path: str) -> Config:
@@ -2107,8 +2107,8 @@ def load_config(path: str) -> Config:
     try:
         with open(path, "rb") as file:
             config = read_config(file.read(), os.path.dirname(path))
-        secret_files = {webhook.token_file or path for webhook in config.webhooks}
-        secret_files.update(path for webhook in config.webhooks if webhook.api_key)
+        secret_files = {settings.token_file or path for settings in config.webhook_settings}
+        secret_files.update(path for settings in config.webhook_settings if settings.api_key)
         for name in sorted(secret_files):
             warn_if_readable(name)
         return config
@@ -2128,12 +2128,12 @@ def warn_if_readable(path: str) -> None:
     log.warning("%s: holds a secret, but its group or others can read it: chmod 600", path)
 
 
-def describe_webhook(config: WebhookConfig) -> str:
-    """Describe a config in one line, without its secrets."""
-    details = [config.type, config.path or "any path", f"tokens: {len(config.tokens)}"]
-    if config.public_url:
+def describe_webhook(settings: WebhookSettings) -> str:
+    """Describe a settings in one line, without its secrets."""
+    details = [settings.type, settings.path or "any path", f"tokens: {len(settings.tokens)}"]
+    if settings.public_url:
         details.append("body not protected, unless the sender covers content-digest")
-    return f"{config.name} ({', '.join(details)})"
+    return f"{settings.name} ({', '.join(details)})"
 
 
 # ---- Checking a delivery --------------------------------------------------------------------
@@ -2142,30 +2142,30 @@ def describe_webhook(config: WebhookConfig) -> str:
 class Webhook:
     """A configured webhook, and what the server keeps for it."""
 
-    def __init__(self, config: WebhookConfig) -> None:
-        self.config = config
+    def __init__(self, settings: WebhookSettings) -> None:
+        self.settings = settings
         self.replay_cache = ReplayCache()
-        self.jwks_client = JwksClient(config.oidc) if config.oidc else None
+        self.jwks_client = JwksClient(settings.oidc) if settings.oidc else None
         self.removed_tokens: tuple[str, ...] = ()  # removed by reloads: for a hint in the log only
         self.old_tokens_logged: dict[int, float] = {}  # by token index; monotonic seconds
 
 
-def verify_any_token(config: WebhookConfig, request: Request, now: float) -> Verified:
+def verify_any_token(settings: WebhookSettings, request: Request, now: float) -> Verified:
     """Check the signature of a request. Raises SignatureError: why the last token fails."""
-    if config.public_url:
-        return verify_message_signature(request, config.tokens, config.public_url, now)
-    if config.type == "central":
+    if settings.public_url:
+        return verify_message_signature(request, settings.tokens, settings.public_url, now)
+    if settings.type == "central":
         for name in request.repeated:  # `verify_signature` gets their values joined
             if name.startswith("x-central-"):
                 raise SignatureError(f"{name} is repeated")
     failure = SignatureError("no token is configured")
-    for index, token in enumerate(config.tokens):
+    for index, token in enumerate(settings.tokens):
         try:
-            if config.type == "central":
+            if settings.type == "central":
                 verify_signature(request.body, request.headers, token)
                 sent_at_text = request.headers["x-central-delivery-timestamp"]
                 return Verified(index, parse_timestamp(sent_at_text))
-            verify_header_signature(request, HEADER_SIGNATURES[config.type], token)
+            verify_header_signature(request, HEADER_SIGNATURES[settings.type], token)
             return Verified(index, None)
         except SignatureError as error:
             failure = error
@@ -2175,11 +2175,11 @@ def verify_any_token(config: WebhookConfig, request: Request, now: float) -> Ver
 def authenticate_as(webhook: Webhook, request: Request, now: float) -> Verified:
     """Check all that a webhook demands: signature, API key, access token. Raises Refusal."""
     try:
-        verified = verify_any_token(webhook.config, request, now)
+        verified = verify_any_token(webhook.settings, request, now)
     except SignatureError as error:
         raise Refusal("signature", str(error)) from None
-    if webhook.config.api_key:
-        check_api_key(request, webhook.config.api_key)
+    if webhook.settings.api_key:
+        check_api_key(request, webhook.settings.api_key)
     if webhook.jwks_client:
         jwks_client = webhook.jwks_client
         verify_access_token(request, jwks_client.oidc, jwks_client.signing_keys, now)
@@ -2201,33 +2201,35 @@ def authenticate(
             return webhook, authenticate_as(webhook, request, now)
         except Refusal as refusal:
             # If two fail at the same check, prefer the one whose signature headers are there.
-            headers = SIGNATURE_HEADERS[webhook.config.type]
+            headers = SIGNATURE_HEADERS[webhook.settings.type]
             progress = (checks.index(refusal.reason), request.headers.keys() >= set(headers))
             if progress > furthest:
                 furthest = progress
                 failure = refusal
-                failure.webhook_name = webhook.config.name
+                failure.webhook_name = webhook.settings.name
     raise failure
 
 
 def make_delivery(
-    config: WebhookConfig, request: Request, verified: Verified, keys: DedupKeys, now: float
+    settings: WebhookSettings, request: Request, verified: Verified, keys: DedupKeys, now: float
 ) -> Delivery:
     """Return the delivery of an authentic request; an API key in its body is masked."""
     text = json_text(request.body)
-    if text is not None and config.api_key and config.api_key.field:
+    if text is not None and settings.api_key and settings.api_key.field:
         payload, _ = parse_json(text)
-        payload[config.api_key.field] = "***"
+        payload[settings.api_key.field] = "***"
         text = json.dumps(payload)
     delivery_id = None
     sent_at = None
-    if config.type == "central":
+    if settings.type == "central":
         delivery_id = request.headers["x-central-delivery-id"]
         sent_at = request.headers["x-central-delivery-timestamp"]
     elif verified.sent_time is not None and 0 <= verified.sent_time < 1e11:
         sent_at = format_utc(verified.sent_time)
     key = ".".join([digest.hex() for digest in keys]) or None
-    return Delivery(now, config.name, config.type, delivery_id, sent_at, request.body, text, key)
+    return Delivery(
+        now, settings.name, settings.type, delivery_id, sent_at, request.body, text, key
+    )
 
 
 def diagnose(request: Request, webhooks: Sequence[Webhook], now: float) -> str:
@@ -2237,21 +2239,21 @@ def diagnose(request: Request, webhooks: Sequence[Webhook], now: float) -> str:
     """
     is_classic = "x-central-signature" in request.headers
     is_new = "signature-input" in request.headers
-    types = {webhook.config.type for webhook in webhooks}
+    types = {webhook.settings.type for webhook in webhooks}
     if is_new and not is_classic and "new-central" not in types:
         return 'looks like new Central, which needs "type": "new-central"'
     if is_classic and not is_new and "central" not in types:
         return 'looks like classic Central, which needs "type": "central"'
     for webhook in webhooks:
-        config = webhook.config
+        settings = webhook.settings
         with contextlib.suppress(SignatureError):
-            verify_any_token(replace(config, tokens=webhook.removed_tokens), request, now)
+            verify_any_token(replace(settings, tokens=webhook.removed_tokens), request, now)
             return "an older token would match, which a reload has removed"
-        if config.public_url:
-            hint = diagnose_message_signature(request, config.tokens, config.public_url, now)
+        if settings.public_url:
+            hint = diagnose_message_signature(request, settings.tokens, settings.public_url, now)
             if hint:
                 return hint
-        for token in config.tokens if config.type == "central" else ():
+        for token in settings.tokens if settings.type == "central" else ():
             with contextlib.suppress(SignatureError):
                 verify_header_signature(request, CENTRAL_SIGNATURE, token)
                 return "the body alone would match: a proxy dropped the X-Central headers"
@@ -2509,35 +2511,35 @@ class WebhookHandler(BaseHTTPRequestHandler):
         now = time.time()
         webhook, verified = authenticate(self.webhooks, request, now)
         self.webhooks = (webhook,)
-        config = webhook.config
-        sent_at_text = request.headers.get(SENT_AT_HEADERS.get(config.type, ""), "")
-        check_age(verified.sent_time, sent_at_text, config.replay_window_seconds, now)
+        settings = webhook.settings
+        sent_at_text = request.headers.get(SENT_AT_HEADERS.get(settings.type, ""), "")
+        check_age(verified.sent_time, sent_at_text, settings.replay_window_seconds, now)
         server.log_old_token(webhook, verified.token_index)
-        keys = make_dedup_keys(config.type, request)
-        delivery = make_delivery(config, request, verified, keys, now)
+        keys = make_dedup_keys(settings.type, request)
+        delivery = make_delivery(settings, request, verified, keys, now)
         entry = server.output.render_entry(delivery, keys, webhook.replay_cache)
         if not webhook.replay_cache.reserve(keys):
-            server.metrics.count(config.name, "duplicate", len(request.body))
+            server.metrics.count(settings.name, "duplicate", len(request.body))
             self.reply(200, b'{"status": "duplicate"}')
             return
         try:
             server.output.write(entry)
         except OutputError as error:
             raise Refusal("output", str(error)) from None
-        server.metrics.count(config.name, "accepted", len(request.body))
+        server.metrics.count(settings.name, "accepted", len(request.body))
         if delivery.text is None:
-            self.report_not_json(config)
+            self.report_not_json(settings)
         self.reply(200, b'{"status": "ok"}')
 
-    def report_not_json(self, config: WebhookConfig) -> None:
+    def report_not_json(self, settings: WebhookSettings) -> None:
         """Count and log a body that was stored although it is not JSON."""
         guess = guess_format(self.parsed.body)
-        if config.type == "ip-fabric" and guess.startswith("XML"):
+        if settings.type == "ip-fabric" and guess.startswith("XML"):
             return
-        self.server.metrics.count_not_json(config.name)
+        self.server.metrics.count_not_json(settings.name)
         if self.server.log_limiter.allows():
             size = len(self.parsed.body)
-            log.warning("%r: stored %d bytes that are not JSON: %s", config.name, size, guess)
+            log.warning("%r: stored %d bytes that are not JSON: %s", settings.name, size, guess)
 
     def do_GET(self) -> None:
         """Answer /health or /metrics."""
@@ -2591,7 +2593,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         status = STATUS_BY_REASON[refusal.reason]
         name = refusal.webhook_name
         if not name and len(self.webhooks) == 1:
-            name = self.webhooks[0].config.name
+            name = self.webhooks[0].settings.name
         server.metrics.count(name, refusal.reason, len(request.body))
         if server.log_limiter.allows():
             receiver = f" for {name!r}" if name else ""
@@ -2602,7 +2604,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             log.warning("%s", text)
         extra_header = "Retry-After: 1\r\n" if status == 503 else ""
         if status == 401:
-            needs_token = any(webhook.config.oidc for webhook in self.webhooks)
+            needs_token = any(webhook.settings.oidc for webhook in self.webhooks)
             scheme = "Bearer" if needs_token else "HMAC-SHA256"
             extra_header = f'WWW-Authenticate: {scheme} realm="central webhook"\r\n'
         elif status == 405:
@@ -2676,9 +2678,9 @@ class WebhookServer(ThreadingHTTPServer):
         if listener.family in (socket.AF_INET, socket.AF_INET6):  # accepted sockets inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.config = config
-        self.webhooks = tuple(Webhook(webhook) for webhook in config.webhooks)
+        self.webhooks = tuple(Webhook(settings) for settings in config.webhook_settings)
         self.output = output
-        self.metrics = Metrics(webhook.name for webhook in config.webhooks)
+        self.metrics = Metrics(settings.name for settings in config.webhook_settings)
         self.log_limiter = LogLimiter()
         self.is_stopping = False
         self.date = email.utils.formatdate(usegmt=True)  # service_actions refreshes it
@@ -2753,7 +2755,7 @@ class WebhookServer(ThreadingHTTPServer):
         """Return the webhooks that a request may be for; none for a path of the receiver itself."""
         path = request.path
         is_reserved = path in RESERVED_PATHS
-        webhooks = [webhook for webhook in self.webhooks if webhook.config.path in (None, path)]
+        webhooks = [webhook for webhook in self.webhooks if webhook.settings.path in (None, path)]
         if not webhooks and not is_reserved:
             raise Refusal("not_found", f"no webhook at {path[:200]!r}")
         if request.method not in (("GET", "HEAD") if is_reserved else ("POST",)):
@@ -2765,15 +2767,15 @@ class WebhookServer(ThreadingHTTPServer):
         now = time.monotonic()
         if token_index and now - webhook.old_tokens_logged.get(token_index, -math.inf) > 60:
             webhook.old_tokens_logged[token_index] = now
-            position = f"{token_index + 1} of {len(webhook.config.tokens)}"
-            log.info("webhook %r: token %s still matches", webhook.config.name, position)
+            position = f"{token_index + 1} of {len(webhook.settings.tokens)}"
+            log.info("webhook %r: token %s still matches", webhook.settings.name, position)
 
     def restore_caches(self, webhooks: Iterable[Webhook], path: Optional[str]) -> None:
         """Restore the replay caches of webhooks from a log file. Raises OutputError."""
-        webhooks = [webhook for webhook in webhooks if webhook.config.type not in NO_DEDUP]
+        webhooks = [webhook for webhook in webhooks if webhook.settings.type not in NO_DEDUP]
         if webhooks and path:
-            caches = {webhook.config.name: webhook.replay_cache for webhook in webhooks}
-            windows = [webhook.config.replay_window_seconds for webhook in webhooks]
+            caches = {webhook.settings.name: webhook.replay_cache for webhook in webhooks}
+            windows = [webhook.settings.replay_window_seconds for webhook in webhooks]
             oldest = time.time() - max(windows) - MAX_FUTURE_SECONDS if all(windows) else 0.0
             restore_replay_caches(path, caches, oldest)
 
@@ -2785,17 +2787,19 @@ class WebhookServer(ThreadingHTTPServer):
         if (config.host, config.port) != (self.config.host, self.config.port):
             log.warning("host and port change with a restart only")
         has_same_log = config.log_file == self.config.log_file
-        before = {(webhook.config.name, webhook.config.type): webhook for webhook in self.webhooks}
-        webhooks = tuple(Webhook(webhook) for webhook in config.webhooks)
+        before = {webhook.settings.name: webhook for webhook in self.webhooks}
+        webhooks = tuple(Webhook(settings) for settings in config.webhook_settings)
         unknown = []
         for webhook in webhooks:
-            old = before.get((webhook.config.name, webhook.config.type))
+            old = before.get(webhook.settings.name)
+            if old and old.settings.type != webhook.settings.type:
+                old = None  # another sender took its name
             if old:
                 webhook.replay_cache = old.replay_cache
-                tokens = [*old.config.tokens, *old.removed_tokens]
-                removed = [token for token in tokens if token not in webhook.config.tokens]
+                tokens = [*old.settings.tokens, *old.removed_tokens]
+                removed = [token for token in tokens if token not in webhook.settings.tokens]
                 webhook.removed_tokens = tuple(removed[:4])
-                if webhook.config.oidc == old.config.oidc:
+                if webhook.settings.oidc == old.settings.oidc:
                     webhook.jwks_client = old.jwks_client
             if not (old and has_same_log):
                 unknown.append(webhook)
@@ -2805,7 +2809,7 @@ class WebhookServer(ThreadingHTTPServer):
         except OutputError:
             self.output.reload(self.config.log_file, self.config.request_timeout_seconds)
             raise
-        self.metrics.add_webhooks(webhook.name for webhook in config.webhooks)
+        self.metrics.add_webhooks(settings.name for settings in config.webhook_settings)
         self.config = replace(config, host=self.config.host, port=self.config.port)
         self.webhooks = webhooks
 
@@ -2932,7 +2936,8 @@ def reload_config(server: WebhookServer, path: str) -> None:
     try:
         config = load_config(path)
         server.reload(config)
-        log.info("configuration reloaded: %s", ", ".join(one.name for one in config.webhooks))
+        names = ", ".join(settings.name for settings in config.webhook_settings)
+        log.info("configuration reloaded: %s", names)
     except (ConfigError, OutputError) as error:
         for text in error.args:
             log.error("configuration not reloaded, the old one stays: %s: %s", path, text)
@@ -2998,27 +3003,27 @@ SAMPLE = {  # as classic Central sends it; the samples of all other types have t
 }
 
 
-def sign_sample(config: WebhookConfig, url: str, number: int) -> tuple[dict[str, str], bytes]:
+def sign_sample(settings: WebhookSettings, url: str, number: int) -> tuple[dict[str, str], bytes]:
     """Return the headers and the body of a sample alert for `url`, signed with the first token."""
     now = time.time()
     payload = {**SAMPLE, "timestamp": int(now), "time": format_utc(now), "sample": number}
     headers = {"content-type": JSON_TYPE, "date": email.utils.formatdate(now, usegmt=True)}
-    if config.api_key and config.api_key.header:
-        headers[config.api_key.header] = config.api_key.values[0].encode().decode("latin-1")
-    elif config.api_key:
-        payload[config.api_key.field] = config.api_key.values[0]
+    if settings.api_key and settings.api_key.header:
+        headers[settings.api_key.header] = settings.api_key.values[0].encode().decode("latin-1")
+    elif settings.api_key:
+        payload[settings.api_key.field] = settings.api_key.values[0]
     body = json.dumps(payload).encode()
-    token = config.tokens[0]
-    if config.public_url:
+    token = settings.tokens[0]
+    if settings.public_url:
         components = '"@method" "@target-uri" "@authority" "@scheme" "@path" "date"'
         text = f"sig1=({components});created={int(now)}"
         covered = StructuredField(text).parse_dictionary()["sig1"]
         _, mark, query = url.partition("?")
         request = Request("POST", "", query if mark else None, "HTTP/1.1", headers, frozenset())
-        base = signature_base(request, covered, config.public_url.spellings[0])
+        base = signature_base(request, covered, settings.public_url.spellings[0])
         headers["signature-input"] = text
         headers["signature"] = "sig1=" + sign_base(token.encode(), base).decode()
-    elif config.type == "central":
+    elif settings.type == "central":
         signed_headers = {
             "x-central-service": "Alerts",
             "x-central-delivery-id": f"sample-{int(now * 1000)}-{number}",
@@ -3028,23 +3033,23 @@ def sign_sample(config: WebhookConfig, url: str, number: int) -> tuple[dict[str,
         signed = body + "".join(signed_headers.values()).encode()
         headers["x-central-signature"] = CENTRAL_SIGNATURE.sign(signed, token).decode()
     else:
-        scheme = HEADER_SIGNATURES[config.type]
+        scheme = HEADER_SIGNATURES[settings.type]
         headers[scheme.header] = scheme.sign(body, token).decode()
     return headers, body
 
 
 def send_sample(config: Config, url: str, name: Optional[str], header_lines: Sequence[str]) -> int:
     """Send a signed sample to `url` ("": the configured address) and print what comes back."""
-    matches = [webhook for webhook in config.webhooks if name in (None, webhook.name)]
+    matches = [settings for settings in config.webhook_settings if name in (None, settings.name)]
     if len(matches) != 1:
-        names = ", ".join(webhook.name for webhook in config.webhooks)
+        names = ", ".join(settings.name for settings in config.webhook_settings)
         return fail(f"--webhook: expected one of {names}", EXIT_USAGE)
-    webhook = matches[0]
+    settings = matches[0]
     if not url and not config.port:
         return fail("--send-sample: expected a URL, since port 0 is any free port", EXIT_USAGE)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    url = url or f"http://{format_host(host)}:{config.port}{webhook.path or '/centralwebhook'}"
-    headers, body = sign_sample(webhook, url, 1)
+    url = url or f"http://{format_host(host)}:{config.port}{settings.path or '/centralwebhook'}"
+    headers, body = sign_sample(settings, url, 1)
     for line in header_lines:
         field_name, colon, value = line.partition(":")
         if not colon or not re.fullmatch(FIELD_NAME, field_name) or _UNSAFE.search(value):
@@ -3062,11 +3067,11 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
 
 def run_demo(render: Callable[[Delivery], str]) -> int:
     """Start a receiver on a free port, send it samples and a forged one, show the answers."""
-    settings = {
+    example = {
         "webclient_info": {"host": "localhost", "port": 0},
         "central_info": {"webhook": {"name": "demo", "token": os.urandom(15).hex()}},
     }
-    config = read_config(json.dumps(settings).encode())
+    config = read_config(json.dumps(example).encode())
     output = Output(None, config.request_timeout_seconds, render)
     server = WebhookServer(config, output, listen_on(config.host, config.port))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -3074,7 +3079,7 @@ def run_demo(render: Callable[[Delivery], str]) -> int:
     print_error(f"a receiver with a throw-away token listens on {url}")
     statuses = []
     for number in range(1, 5):
-        headers, body = sign_sample(config.webhooks[0], url, number)
+        headers, body = sign_sample(config.webhook_settings[0], url, number)
         title = f"signed alert {number}"
         if number == 4:
             title = "forged alert, one word of its body changed"
@@ -3093,7 +3098,7 @@ def check_config(config: Config) -> int:
     """Say what a start would do, and check that it could. Raises OutputError, StartError."""
     log_file = config.log_file or "none, so a 200 is only as safe as what reads stdout"
     lines = [f"host: {config.host}; port: {config.port}", f"log_file: {log_file}"]
-    for line in (*lines, *map(describe_webhook, config.webhooks)):
+    for line in (*lines, *map(describe_webhook, config.webhook_settings)):
         print_line(line)
     check_handle_alert()
     listen_on(config.host, 0).close()
@@ -3182,7 +3187,7 @@ def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
     shown = f"{address}"
     if isinstance(address, tuple):
         shown = f"{address[0]} port {address[1]} (http://{format_host(address[0])}:{address[1]})"
-    webhooks = ", ".join(map(describe_webhook, config.webhooks))
+    webhooks = ", ".join(map(describe_webhook, config.webhook_settings))
     outputs = f"stdout, {config.log_file}" if config.log_file else "stdout"
     text = "%s %s listens on %s; webhooks: %s; output: %s"
     log.info(text, PROGRAM, VERSION, shown, webhooks, outputs)
