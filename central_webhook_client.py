@@ -1125,7 +1125,7 @@ _ISO_8601 = re.compile(
     r"([0-9]{4})-?([0-9]{2})-?([0-9]{2})[Tt ]"
     r"([01][0-9]|2[0-3]):?([0-5][0-9]):?([0-5][0-9]|60)"  # 60: a leap second
     r"(?:[.,]([0-9]{1,20}))?"
-    r" ?(?:[Zz]|UTC|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?(?: [A-Z]{3,5})?)?"
+    r" ?(?:[Zz]|UTC|([+-])([01][0-9]|2[0-3])(?::?([0-5][0-9]))?(?: [A-Z0-9+-]{3,5})?)?"
 )
 _EPOCH = re.compile(r"[0-9]{9,11}(?:\.[0-9]{1,9})?|[0-9]{12,20}")
 
@@ -2194,15 +2194,15 @@ def authenticate(
     Raises the Refusal of the webhook that passed the most checks.
     """
     checks = ("signature", "api_key", "oidc", "provider")  # in their order
-    furthest = (-1, False)
+    furthest = (-1, 0)
     failure = Refusal("signature", "no webhook is configured")
     for webhook in webhooks:
         try:
             return webhook, authenticate_as(webhook, request, now)
         except Refusal as refusal:
-            # If two fail at the same check, prefer the one whose signature headers are there.
-            headers = SIGNATURE_HEADERS[webhook.settings.type]
-            progress = (checks.index(refusal.reason), request.headers.keys() >= set(headers))
+            # If two fail at the same check, prefer the one with more of its headers there.
+            headers = request.headers.keys() & SIGNATURE_HEADERS[webhook.settings.type]
+            progress = (checks.index(refusal.reason), len(headers))
             if progress > furthest:
                 furthest = progress
                 failure = refusal
@@ -2786,10 +2786,8 @@ class WebhookServer(ThreadingHTTPServer):
         """
         if (config.host, config.port) != (self.config.host, self.config.port):
             log.warning("host and port change with a restart only")
-        has_same_log = config.log_file == self.config.log_file
         before = {webhook.settings.name: webhook for webhook in self.webhooks}
         webhooks = tuple(Webhook(settings) for settings in config.webhook_settings)
-        unknown = []
         for webhook in webhooks:
             old = before.get(webhook.settings.name)
             if old and old.settings.type != webhook.settings.type:
@@ -2801,11 +2799,9 @@ class WebhookServer(ThreadingHTTPServer):
                 webhook.removed_tokens = tuple(removed[:4])
                 if webhook.settings.oidc == old.settings.oidc:
                     webhook.jwks_client = old.jwks_client
-            if not (old and has_same_log):
-                unknown.append(webhook)
         self.output.reload(config.log_file, config.request_timeout_seconds)
         try:
-            self.restore_caches(unknown, config.log_file)
+            self.restore_caches(webhooks, config.log_file)
         except OutputError:
             self.output.reload(self.config.log_file, self.config.request_timeout_seconds)
             raise
@@ -2818,9 +2814,10 @@ class WebhookServer(ThreadingHTTPServer):
         deadline = time.monotonic() + DRAIN_SECONDS
         self.is_stopping = True
         self.shutdown()
+        quiet_deadline = time.monotonic() + DRAIN_QUIET_SECONDS
         # Clients in the listen queue consider themselves connected; others may come for ever.
         with contextlib.suppress(OSError):
-            for _ in range(LISTEN_QUEUE):
+            while time.monotonic() < quiet_deadline:
                 self.process_request(*self.get_request())
                 self.service_actions()
         self.server_close()
@@ -3058,6 +3055,8 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     started = time.monotonic()
     try:
         status, data = http_request("POST", url, headers, body, SAMPLE_TIMEOUT_SECONDS)
+    except ValueError as error:
+        return fail(f"--send-sample: {error}", EXIT_USAGE)
     except HTTP_ERRORS as error:
         return fail(f"{url}: {str(error) or type(error).__name__}", EXIT_FAILURE)
     milliseconds = 1000 * (time.monotonic() - started)
@@ -3071,6 +3070,7 @@ def run_demo(render: Callable[[Delivery], str]) -> int:
         "webclient_info": {"host": "localhost", "port": 0},
         "central_info": {"webhook": {"name": "demo", "token": os.urandom(15).hex()}},
     }
+    check_handle_alert()
     config = read_config(json.dumps(example).encode())
     output = Output(None, config.request_timeout_seconds, render)
     server = WebhookServer(config, output, listen_on(config.host, config.port))

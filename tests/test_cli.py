@@ -322,6 +322,20 @@ class Demo(unittest.TestCase):
         self.assertIn("forged", done.stderr)
         self.assertNotIn("Delivery(", done.stdout)
 
+    def test_it_fails_where_the_start_would_for_handle_alert(self):
+        code = (
+            "import central_webhook_client as c; c.handle_alert = 5; c.sys.exit(c.main(['--demo']))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=support.TOP,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("error: handle_alert: ", done.stderr)
+
 
 class SendSample(unittest.TestCase):
     WEBHOOKS = [
@@ -401,6 +415,13 @@ class SendSample(unittest.TestCase):
             self.call("--header", "X-Other: 1", "--header", "x-key:Bearer K2", config=config)[0], 0
         )
         self.assertEqual(self.call("--header", "X-Key: K3", config=config)[0], 1)
+
+    def test_a_url_that_is_none_is_wrong_usage(self):
+        for url in ("ftp://a/", "a", "http://user:secret@127.0.0.1/", "http://127.0.0.1:99999/"):
+            with self.subTest(url):
+                code, stdout, stderr = self.call(url, "--webhook", "central")
+                self.assertEqual((code, stdout, stderr.count("\n")), (2, "", 1))
+                self.assertNotIn("secret", stderr)
 
     def test_without_a_server_it_is_one_line_and_exit_code_1(self):
         with socket.socket() as unused:

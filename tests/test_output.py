@@ -585,6 +585,9 @@ class Hints(RejectionTest):
         forged = central_headers(self.body, token="another")
         line = self.rejected(raw_request(path="/both", headers=forged, body=self.body), "'both'")
         self.assertNotIn("looks like", line)
+        del forged["X-Central-Service"]
+        incomplete = raw_request(path="/both", headers=forged, body=self.body)
+        self.rejected(incomplete, "'both': signature: x-central-service is missing")
 
     def test_a_clock_that_is_off_is_named_with_by_how_much(self):
         ahead = self.signed(timestamp=now_stamp(3 * 3600 + 60))

@@ -343,6 +343,15 @@ class Restarts(LogTest):
             self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
             self.assertEqual(receiver.deliver().json, OK)
 
+    def test_a_window_that_a_reload_widens_is_remembered_whole(self):
+        body, headers, line = stored_deliveries()[0]
+        hours_ago = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(time.time() - 5 * 3600))
+        self.log.write_bytes(re.sub(rb'(?<="received_at": ")[^"]*', hours_ago.encode(), line))
+        webhook = {"name": "noc", "path": PATH, "token": TOKEN}
+        with self.started({**webhook, "replay_window_hours": 1}) as receiver:
+            receiver.reload(self.config(webhook))
+            self.assertEqual(receiver.post(body, headers).json, DUPLICATE)
+
     def test_a_log_that_a_reload_may_not_use_is_not_remembered(self):
         body, headers = signed()
         own = self.config(log_file=str(self.folder / "own.jsonl"))
