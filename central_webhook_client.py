@@ -3046,6 +3046,10 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
         return fail("--send-sample: expected a URL, since port 0 is any free port", EXIT_USAGE)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = url or f"http://{format_host(host)}:{config.port}{settings.path or '/centralwebhook'}"
+    try:
+        split_url(url)
+    except ValueError as error:
+        return fail(f"--send-sample: {error}", EXIT_USAGE)
     headers, body = sign_sample(settings, url, 1)
     for line in header_lines:
         field_name, colon, value = line.partition(":")
@@ -3055,8 +3059,6 @@ def send_sample(config: Config, url: str, name: Optional[str], header_lines: Seq
     started = time.monotonic()
     try:
         status, data = http_request("POST", url, headers, body, SAMPLE_TIMEOUT_SECONDS)
-    except ValueError as error:
-        return fail(f"--send-sample: {error}", EXIT_USAGE)
     except HTTP_ERRORS as error:
         return fail(f"{url}: {str(error) or type(error).__name__}", EXIT_FAILURE)
     milliseconds = 1000 * (time.monotonic() - started)

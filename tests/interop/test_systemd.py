@@ -109,7 +109,7 @@ class SocketActivationTest(unittest.TestCase):
         (port,) = parts.free_ports(1)
         receiver = self.activated(port)
         self.assertEqual(200, receiver.deliver().status)
-        receiver.wait_for_log(f"listens on 127.0.0.1 port {port};")
+        receiver.wait_for_log(f"listens on 127.0.0.1 port {port} ")
         self.assertEqual(200, receiver.deliver().status)
         self.assertEqual(0, receiver.stop())
 
