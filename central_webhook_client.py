@@ -547,12 +547,12 @@ HTTP_ERRORS = (OSError, ValueError, RuntimeError, http.client.HTTPException)
 
 
 def http_request(
-    method: str, url: str, headers: Mapping[str, str], body: Optional[bytes], seconds: float
+    method: str, url: str, headers: Mapping[str, str], body: Optional[bytes], timeout: float
 ) -> tuple[int, bytes]:
     """Send a request; return the status, and the body up to MAX_ANSWER_BYTES + 1.
 
-    Returns within `seconds`. Redirects are not followed. Proxies are those of the environment
-    (HTTPS_PROXY, NO_PROXY), but a loopback address is never reached through one.
+    Returns within `timeout` seconds. Redirects are not followed. Proxies are those of the
+    environment (HTTPS_PROXY, NO_PROXY), but a loopback address is never reached through one.
 
     Raises HTTP_ERRORS: no complete answer arrived in time.
     """
@@ -565,12 +565,12 @@ def http_request(
     opener.add_handler(urllib.request.UnknownHandler())
     if not is_loopback(host):
         opener.add_handler(urllib.request.ProxyHandler())
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + timeout
     result: concurrent.futures.Future[tuple[int, bytes]] = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            with opener.open(request, timeout=seconds) as answer:
+            with opener.open(request, timeout=timeout) as answer:
                 data = b""
                 while piece := answer.read1(MAX_ANSWER_BYTES + 1 - len(data)):
                     data += piece
@@ -588,9 +588,9 @@ def http_request(
     # anew with each byte: a server that drips its header would not end.
     threading.Thread(target=run, name="http_request", daemon=True).start()
     try:
-        return result.result(seconds)
+        return result.result(timeout)
     except concurrent.futures.TimeoutError:
-        raise TimeoutError(f"no whole answer within {seconds:g} s") from None
+        raise TimeoutError(f"no whole answer within {timeout:g} s") from None
 
 
 # ---- HTTP message signatures (RFC 9421) -----------------------------------------------------
@@ -2376,7 +2376,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
     """One connection: reads requests strictly and answers them, one after the other.
 
     Overridden of the base: `handle_one_request` and `parse_request`, since the base parses
-    leniently and with the email package; `setup`, for a deadline over a whole request.
+    leniently and with the email package; `setup`, for a deadline over a whole request. `parsed` is
+    the request: `request`, in the base, is the socket.
     """
 
     server: WebhookServer
@@ -2687,7 +2688,7 @@ class WebhookServer(ThreadingHTTPServer):
         self.connections: set[socket.socket] = set()
         self.idle: set[socket.socket] = set()
         self.connection_closed = threading.Condition()  # notified when a connection was closed
-        self.waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.accepted_connections: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread_count = 0
         # What the main thread waits for: numbers of signals, or None if stdout is gone.
         self.events: queue.SimpleQueue[Optional[int]] = queue.SimpleQueue()
@@ -2715,12 +2716,12 @@ class WebhookServer(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hand a connection to a thread; `service_actions`, called next, starts one if needed."""
-        self.waiting.put((request, client_address))
+        self.accepted_connections.put((request, client_address))
 
     def serve_connections(self) -> None:
         """Serve one connection after the other, for ever; runs in a thread of its own."""
         while True:
-            self.process_request_thread(*self.waiting.get())
+            self.process_request_thread(*self.accepted_connections.get())
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection, and make its place free."""
