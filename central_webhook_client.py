@@ -2436,7 +2436,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             raise Refusal("malformed", detail)
         line = self.read_line(MAX_REQUEST_LINE_BYTES, "target_too_long")
         request_line = parse_request_line(line)
-        self.parsed = Request(*request_line, *self.read_fields())
+        self.parsed = Request(*request_line, *parse_fields(self.field_lines()))
         host = self.parsed.headers.get("host")
         is_missing = host is None and self.parsed.version == "HTTP/1.1"
         if is_missing or "host" in self.parsed.repeated or not _HOST.fullmatch(host or ""):
@@ -2454,19 +2454,18 @@ class WebhookHandler(BaseHTTPRequestHandler):
             raise Refusal("malformed", "a line ends without CR")
         raise Refusal("malformed", "the connection ended within the request")
 
-    def read_fields(self) -> tuple[dict[str, str], frozenset[str]]:
-        """Read header or trailer fields and the empty line after them; see `parse_fields`."""
-        lines: list[bytes] = []
+    def field_lines(self) -> Iterable[bytes]:
+        """Yield the lines of header or trailer fields; read the empty line after them as well."""
         size = 0
-        while True:
+        for _ in range(MAX_HEADER_FIELDS + 1):
             line = self.read_line(MAX_HEADER_BYTES, "headers_too_large")
             if line == b"\r\n":
-                return parse_fields(lines)
-            lines.append(line)
+                return
             size += len(line)
-            if size > MAX_HEADER_BYTES or len(lines) > MAX_HEADER_FIELDS:
-                limit = f"{MAX_HEADER_BYTES} bytes or {MAX_HEADER_FIELDS} fields"
-                raise Refusal("headers_too_large", f"the header is above {limit}")
+            if size > MAX_HEADER_BYTES:
+                raise Refusal("headers_too_large", f"the header is above {MAX_HEADER_BYTES} bytes")
+            yield line
+        raise Refusal("headers_too_large", f"more than {MAX_HEADER_FIELDS} header fields")
 
     def read_body(self, length: Optional[int]) -> None:
         """Read the body (None: chunked), after a 100 Continue if the sender waits for it."""
@@ -2499,7 +2498,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             body += self.read_exactly(size)
             if self.read_exactly(2) != b"\r\n":
                 raise Refusal("malformed", "a chunk is longer than its size")
-        self.read_fields()
+        parse_fields(self.field_lines())
         return bytes(body)
 
     def do_POST(self) -> None:
