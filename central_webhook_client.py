@@ -184,8 +184,8 @@ class SignatureError(Exception):
 def verify_signature(body: bytes, headers: Mapping[str, str], token: str) -> None:
     """Verify that a delivery of classic Central was signed with `token`; call it for each token.
 
-    `body` is the raw body, as received. `headers` maps names, in any case, to
-    values decoded as ISO-8859-1, as WSGI and http.server do. A normal return proves that the
+    `body` is the raw body, as received. `headers` maps names such as X-Central-Signature, in any
+    case, to values decoded as ISO-8859-1, as http.server does. A normal return proves that the
     sender knows the token. It does not prove that the delivery is new or recent. A replay can
     move bytes from one header to the next, since nothing separates the signed values: to detect
     it, remember the signature, not the delivery ID.
@@ -198,21 +198,17 @@ def verify_signature(body: bytes, headers: Mapping[str, str], token: str) -> Non
         raise TypeError("token: expected one str")
     if not token:
         raise ValueError("token: expected a str that is not empty")
-    found: dict[str, list[str]] = {
-        f"x-central-{part}": []
-        for part in ("signature", "service", "delivery-id", "delivery-timestamp")
-    }
-    for name, value in headers.items():
-        if name.lower() in found:
-            found[name.lower()].append(value)
-    for name, values in found.items():
+    fields = [(name.lower(), value) for name, value in headers.items()]
+    parts = []
+    for part in ("signature", "service", "delivery-id", "delivery-timestamp"):
+        values = [value for name, value in fields if name == f"x-central-{part}"]
         if len(values) != 1 or not values[0]:
-            raise SignatureError(f"{name} is missing, empty or repeated")
+            raise SignatureError(f"x-central-{part} is missing, empty or repeated")
+        parts.append(values[0])
     try:
-        parts = [values[0].encode("latin-1") for values in found.values()]
+        signature, service, delivery_id, timestamp = [part.encode("latin-1") for part in parts]
     except UnicodeEncodeError:
         raise SignatureError("a signed header is not ISO-8859-1") from None
-    signature, service, delivery_id, timestamp = parts
     signed = body + service + delivery_id + timestamp
     expected = base64.b64encode(hmac.digest(token.encode(), signed, "sha256"))
     # Security: compare in constant time, in the encoded form, and as bytes. `==` leaks how many
@@ -363,7 +359,7 @@ HEADER_SIGNATURES = {  # to add a sender of this kind, add a row
 # For samples and a hint alone: `verify_signature` checks it.
 CENTRAL_SIGNATURE = HeaderSignature("x-central-signature", "", base64.b64encode)
 TYPES = ("central", "new-central", *HEADER_SIGNATURES)
-NO_DEDUP = ("bracken", "entrupy")  # nothing distinguishes a replay from an event that recurs
+NO_DEDUP = ("bracken", "entrupy")  # nothing in them tells a replay from a recurring event
 
 
 def verify_header_signature(request: Request, scheme: HeaderSignature, token: str) -> None:
@@ -543,6 +539,7 @@ def is_loopback(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+# RuntimeError: no thread can be started.
 HTTP_ERRORS = (OSError, ValueError, RuntimeError, http.client.HTTPException)
 
 
@@ -860,7 +857,7 @@ def diagnose_message_signature(
     """Return a hint why a signature does not match, for the log alone; "" without one.
 
     Tries the ways in which signers deviate from RFC 9421, since nobody has published what new
-    Central really signs. Costs a few signatures for each label and token, and raises nothing.
+    Central really signs. Costs some dozens of HMACs for each label and token. Raises nothing.
     """
     try:
         signatures = parse_message_signatures(request)
@@ -949,8 +946,8 @@ def is_rsa_signature(signed: bytes, signature: bytes, algorithm: str, key: RsaKe
         return False
     # Security: construct the expected block and compare it in full. Parsing the padding of the
     # received one let forged signatures for small exponents through (Bleichenbacher 2006).
-    tail = b"\x00" + prefix + hashlib.new(digest_name, signed).digest()
-    expected = b"\x00\x01" + b"\xff" * (size - len(tail) - 2) + tail
+    rest_of_line = b"\x00" + prefix + hashlib.new(digest_name, signed).digest()
+    expected = b"\x00\x01" + b"\xff" * (size - len(rest_of_line) - 2) + rest_of_line
     return hmac.compare_digest(expected, pow(number, key.e, key.n).to_bytes(size, "big"))
 
 
@@ -1179,7 +1176,9 @@ def check_age(
     age = now - sent_time
     if age > window_seconds:
         allowed = f"the limit is {window_seconds / 3600:g}"
-        raise Refusal("stale", f"sent {age / 3600:.1f} hours ago, {allowed}: is a clock wrong?")
+        raise Refusal(
+            "stale", f"sent {age / 3600:.1f} hours ago, {allowed} hours: is a clock wrong?"
+        )
     if -age > MAX_FUTURE_SECONDS:
         raise Refusal("stale", f"sent {-age / 60:.0f} minutes in the future: is a clock wrong?")
 
@@ -1268,12 +1267,12 @@ def lines_from_end(path: str) -> Iterable[bytes]:
             size = min(position, 1 << 18)
             position -= size
             file.seek(position)
-            tail, *lines = file.read(size).split(b"\n")
+            rest_of_line, *lines = file.read(size).split(b"\n")
             if lines:
                 yield lines.pop() + b"".join(reversed(pieces))
                 yield from reversed(lines)
                 pieces = []
-            pieces.append(tail)
+            pieces.append(rest_of_line)
         yield b"".join(reversed(pieces))
 
 
@@ -1372,7 +1371,7 @@ class Entry:
     """A delivery on its way to stdout and the log file."""
 
     delivery: Delivery
-    keys: DedupKeys
+    dedup_keys: DedupKeys
     replay_cache: ReplayCache
     stdout_line: bytes
     json_line: str
@@ -1534,12 +1533,12 @@ class Output:
                 stored, failure = self.write_entries(batch.entries)
             for entry in batch.entries[:stored]:
                 entry.error = ""
-                entry.replay_cache.commit(entry.keys)
+                entry.replay_cache.commit(entry.dedup_keys)
                 if self.alert_worker:
                     self.alert_worker.put(entry.delivery)
             for entry in batch.entries[stored:]:
                 entry.error = failure
-                entry.replay_cache.release(entry.keys)
+                entry.replay_cache.release(entry.dedup_keys)
         finally:
             if has_lock:
                 self.write_lock.release()
@@ -1858,10 +1857,8 @@ def load_tokens(path: str) -> tuple[str, ...]:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = file.read(1024 * 1024).split("\n")
     except OSError as error:
-        # Security: show the folder only; the name may be a token, put there by mistake.
-        raise ValueError(
-            f"none to read in {os.path.dirname(path) or '.'}: {error.strerror}"
-        ) from None
+        # Security: do not show the path; it may be a token, put there by mistake.
+        raise ValueError(f"none that can be read: {error.strerror}") from None
     return parse_secrets([line for line in lines if line and not line.startswith("#")])
 
 
@@ -1899,7 +1896,7 @@ WEBHOOK_OPTIONS = {
     "type": Option(f"one of {TYPES}", lambda text: parse_text(text, "|".join(TYPES)), "central"),
     "path": Option("a path like /hook, no query", lambda text: parse_text(text, r"/[!-\"$->@-~]*")),
     "token": SECRETS_OPTION,
-    "token_file": PATH_OPTION._replace(parse=parse_token_path),
+    "token_file": PATH_OPTION._replace(parse=parse_token_path, is_secret=True),
     "replay_window_hours": Option("a number from 0 to 87600", number_parser(0, 87600), 48),
     "public_url": Option("the URL as typed into Central", parse_public_url),
     "api_key": Option("an object", options=API_KEY_OPTIONS),
@@ -1932,7 +1929,9 @@ def parse_option(value: Any, where: str, option: Option, errors: list[str]) -> A
         return option.parse(value)
     except (OSError, ValueError) as error:
         found = getattr(error, "strerror", None) or str(error)
-        if not option.is_secret:
+        if option.is_secret:
+            found = found or describe_type(value)
+        else:
             is_plain = isinstance(value, (str, int, float))
             shown = json.dumps(value)[:100] if is_plain else describe_type(value)
             found = f"{shown}: {found}".rstrip(": ")
@@ -2027,24 +2026,24 @@ def load_webhooks(raw: Any, folder: str, errors: list[str]) -> tuple[WebhookSett
     items = {where: raw}
     if raw and isinstance(raw, list):
         items = {f"{where}[{index}]": item for index, item in enumerate(raw)}
-    webhooks = {}  # those without errors, by place
+    loaded = {}  # those without errors, by place
     names = []
     for place, item in items.items():
-        webhook = load_webhook(item, place, folder, errors)
-        if webhook:
-            webhooks[place] = webhook
+        settings = load_webhook(item, place, folder, errors)
+        if settings:
+            loaded[place] = settings
         if isinstance(item, dict):
             names.append(item.get("name"))
             if "name" not in item and len(items) > 1:
                 errors.append(f"{place}.name: expected a name, since there are several webhooks")
     for name in find_repeated(name for name in names if name and isinstance(name, str)):
         errors.append(f"{where}: expected different names, found {json.dumps(name)} repeated")
-    for (other_place, other), (place, webhook) in itertools.combinations(webhooks.items(), 2):
-        is_same_path = None in (other.path, webhook.path) or other.path == webhook.path
-        has_same_token = not set(other.tokens).isdisjoint(webhook.tokens)
-        if webhook.type == other.type and is_same_path and has_same_token:
+    for (other_place, other), (place, settings) in itertools.combinations(loaded.items(), 2):
+        is_same_path = None in (other.path, settings.path) or other.path == settings.path
+        has_same_token = not set(other.tokens).isdisjoint(settings.tokens)
+        if settings.type == other.type and is_same_path and has_same_token:
             errors.append(f"{place}: expected another path or token, found that of {other_place}")
-    return tuple(webhooks.values())
+    return tuple(loaded.values())
 
 
 def diagnose_json(error: json.JSONDecodeError) -> str:
@@ -2129,7 +2128,7 @@ def warn_if_readable(path: str) -> None:
 
 
 def describe_webhook(settings: WebhookSettings) -> str:
-    """Describe a settings in one line, without its secrets."""
+    """Describe a webhook in one line, without its secrets."""
     details = [settings.type, settings.path or "any path", f"tokens: {len(settings.tokens)}"]
     if settings.public_url:
         details.append("body not protected, unless the sender covers content-digest")
@@ -2416,7 +2415,8 @@ class WebhookHandler(BaseHTTPRequestHandler):
         """Wait for the first byte of a request; return False if none comes."""
         try:
             while self.rfile.peek(1)[:1] == b"\r":  # RFC 9112 section 2.2: pass over empty lines
-                self.read_line(0, "malformed")
+                if self.read_exactly(2) != b"\r\n":
+                    raise Refusal("malformed", "a bare CR before the request line")
             if not self.rfile.peek(1):
                 return False
         except Refusal as refusal:
@@ -2424,7 +2424,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
                 return False
             raise
         self.server.idle.discard(self.connection)
-        if not self.is_first:
+        if not self.is_first:  # the time of the first one runs since the connection was opened
             self.reader.deadline = time.monotonic() + self.server.config.request_timeout_seconds
         self.is_first = False
         return True
@@ -2477,7 +2477,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
 
     def read_exactly(self, length: int) -> bytes:
         """Read `length` bytes. Raises Refusal: malformed, timeout."""
-        data = self.rfile.read(length) if length else b""
+        data = self.rfile.read(length)
         if len(data) < length:
             raise Refusal("malformed", "the connection ended within the request")
         return data
@@ -2515,14 +2515,14 @@ class WebhookHandler(BaseHTTPRequestHandler):
         sent_at_text = request.headers.get(SENT_AT_HEADERS.get(settings.type, ""), "")
         check_age(verified.sent_time, sent_at_text, settings.replay_window_seconds, now)
         server.log_old_token(webhook, verified.token_index)
-        keys = make_dedup_keys(settings.type, request)
-        delivery = make_delivery(settings, request, verified, keys, now)
-        entry = server.output.render_entry(delivery, keys, webhook.replay_cache)
-        if not webhook.replay_cache.reserve(keys):
+        dedup_keys = make_dedup_keys(settings.type, request)
+        delivery = make_delivery(settings, request, verified, dedup_keys, now)
+        entry = server.output.render_entry(delivery, dedup_keys, webhook.replay_cache)
+        if not webhook.replay_cache.reserve(dedup_keys):
             server.metrics.count(settings.name, "duplicate", len(request.body))
             self.reply(200, b'{"status": "duplicate"}')
             return
-        try:
+        try:  # it commits or releases the reservation, perhaps after our 503
             server.output.write(entry)
         except OutputError as error:
             raise Refusal("output", str(error)) from None
@@ -2563,7 +2563,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         connection = request.headers.get("connection", "").lower()
         options = [option.strip() for option in connection.split(",")]
         must_close = status >= 400 and status != 401  # after a 401 the connection is in step
-        needs_linger = must_close and status != 408  # after a 408 nothing is on its way
+        needs_linger = must_close and status != 408  # who was too slow gets no more time
         self.close_connection = (
             must_close
             or "close" in options
@@ -2597,7 +2597,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
         server.metrics.count(name, refusal.reason, len(request.body))
         if server.log_limiter.allows():
             receiver = f" for {name!r}" if name else ""
-            text = f"{status} to {self.peer()}{receiver}: {refusal.reason}: {refusal}"
+            text = f"{status} to {self.sender_address()}{receiver}: {refusal.reason}: {refusal}"
             if refusal.reason == "signature":
                 hint = diagnose(request, self.webhooks, time.time())
                 text += f" ({hint})" if hint else ""
@@ -2623,7 +2623,7 @@ class WebhookHandler(BaseHTTPRequestHandler):
             while self.rfile.read1(1 << 16):
                 pass
 
-    def peer(self) -> str:
+    def sender_address(self) -> str:
         """Return the sender: the last address of X-Forwarded-For if the peer is trusted."""
         is_tcp = isinstance(self.client_address, tuple)  # a Unix socket has a path
         address = str(self.client_address[0]) if is_tcp else ""
@@ -2653,13 +2653,14 @@ def listen_on(host: str, port: int) -> socket.socket:
         host = "127.0.0.1"
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" is IPv4 as well
+        dualstack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::": IPv4 too
         return socket.create_server(
-            address, family=family, backlog=LISTEN_QUEUE, dualstack_ipv6=both
+            address, family=family, backlog=LISTEN_QUEUE, dualstack_ipv6=dualstack
         )
     except OSError as error:
         reason = str(error.strerror).partition(" (")[0]  # it repeats the address
-        where = "webclient_info.port" if port else "webclient_info.host"
+        is_host = not port or error.errno == errno.EADDRNOTAVAIL
+        where = "webclient_info.host" if is_host else "webclient_info.port"
         raise StartError(f"{where}: {host} port {port}: {reason}") from None
 
 
@@ -2980,8 +2981,8 @@ def stay_on_one_processor() -> None:
     One thread at a time runs Python, and handing the interpreter lock to another processor costs
     1.4 to 1.7 times the CPU: 11 context switches a delivery instead of 2.
     """
-    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if has_lock and hasattr(os, "sched_setaffinity"):
+    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    if has_gil and hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):  # not allowed: then it is slower
             os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
 

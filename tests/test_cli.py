@@ -50,6 +50,9 @@ class Starts(Called):
             port = other.getsockname()[1]
             self.assert_cannot_serve({str(port): config_of(port=port)})
 
+    def test_an_address_of_another_machine(self):
+        self.assert_cannot_serve({"webclient_info.host: 192.0.2.77": config_of(host="192.0.2.77")})
+
     def test_an_ipv6_address(self):
         try:
             with socket.socket(socket.AF_INET6) as probe:

@@ -730,6 +730,11 @@ class TokenFiles(Called):
                 self.assertEqual(self.check(hook(token=NOTHING, token_file="token"))[0], 0)
 
     def test_mistakes(self):
+        for mistake in (SECRET, f"{SECRET} ", f"{SECRET}/x==", f"x/{SECRET}"):
+            with self.subTest("a token in place of its file", mistake=mistake):
+                self.assert_names(
+                    self.mistakes(hook(token=NOTHING, token_file=mistake)), f"{HOOK}.token_file"
+                )
         self.token_file(SECRET.encode())
         self.token_file(b"", "empty")
         self.token_file(b"\n\n", "blank")
