@@ -739,8 +739,8 @@ def signature_base(request: Request, covered: Item, url: UrlParts) -> bytes:
     for item in covered.value:
         values = derived if item.value.startswith("@") else request.headers
         if item.parameters or item.value not in values:
-            shown = str(item)[:80]
-            raise SignatureError(f"the covered component {shown} is missing or not supported")
+            component = str(item)[:80]
+            raise SignatureError(f"the covered component {component} is missing or not supported")
         lines.append(f"{item}: {values[item.value]}")
     return "\n".join([*lines, f'"@signature-params": {covered}']).encode("latin-1")
 
@@ -955,7 +955,7 @@ def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
     """Return the safe RSA keys of a JWK set (RFC 7517) that may verify. Raises ValueError."""
     if not isinstance(jwks.get("keys"), list):
         raise ValueError("expected a JWK set")
-    keys = []
+    rsa_keys = []
     for jwk in jwks["keys"]:
         if not isinstance(jwk, dict) or jwk.get("kty") != "RSA" or jwk.get("use", "sig") != "sig":
             continue
@@ -967,8 +967,8 @@ def parse_rsa_keys(jwks: dict[str, Any]) -> list[RsaKey]:
             e = int.from_bytes(decode_base64url(str(jwk.get("e", ""))), "big")
             is_safe_size = MIN_RSA_BITS <= n.bit_length() <= MAX_RSA_BITS
             if is_safe_size and n % 2 and e % 2 and 3 <= e < 2**64:
-                keys.append(RsaKey(jwk.get("kid"), str(jwk.get("alg") or ""), n, e))
-    return keys
+                rsa_keys.append(RsaKey(jwk.get("kid"), str(jwk.get("alg") or ""), n, e))
+    return rsa_keys
 
 
 def verify_access_token(
@@ -1001,20 +1001,20 @@ def verify_access_token(
     # provider alone, never from the jku, x5u or jwk of the token.
     algorithm = header.get("alg")
     if not isinstance(algorithm, str) or algorithm not in RSA_ALGORITHMS:
-        found = describe_claim(algorithm)
-        raise Refusal("oidc", f"the access token's alg is {found}, expected RS256, RS384 or RS512")
+        claim = describe_claim(algorithm)
+        raise Refusal("oidc", f"the access token's alg is {claim}, expected RS256, RS384 or RS512")
     if "crit" in header or not isinstance(header.get("kid", ""), str):
         raise Refusal("oidc", "the access token has crit, or a kid that is not a string")
     kid = header.get("kid")
-    issuer, keys = signing_keys(kid, algorithm)
-    if not keys:
-        found = describe_claim(kid)
-        raise Refusal("oidc", f"unknown kid: the provider has no {algorithm} key with kid {found}")
-    if len(keys) > MAX_KEYS_TRIED:
-        problem = f"{len(keys)} keys fit the access token, expected at most {MAX_KEYS_TRIED}"
+    issuer, rsa_keys = signing_keys(kid, algorithm)
+    if not rsa_keys:
+        claim = describe_claim(kid)
+        raise Refusal("oidc", f"unknown kid: the provider has no {algorithm} key with kid {claim}")
+    if len(rsa_keys) > MAX_KEYS_TRIED:
+        problem = f"{len(rsa_keys)} keys fit the access token, expected at most {MAX_KEYS_TRIED}"
         raise Refusal("oidc", problem)
-    if not any(is_rsa_signature(signed.encode(), signature, algorithm, key) for key in keys):
-        raise Refusal("oidc", f"the access token's signature matches none of {len(keys)} keys")
+    if not any(is_rsa_signature(signed.encode(), signature, algorithm, key) for key in rsa_keys):
+        raise Refusal("oidc", f"the access token's signature matches none of {len(rsa_keys)} keys")
     check_claims(claims, oidc, oidc.issuer or issuer, now)
 
 
@@ -1055,7 +1055,7 @@ class JwksClient:
         self.oidc = oidc
         self.lock = threading.Lock()  # held by the thread that refreshes
         self.issuer = ""
-        self.keys: Optional[list[RsaKey]] = None  # None: never obtained
+        self.rsa_keys: Optional[list[RsaKey]] = None  # None: never obtained
         self.failure = "not asked yet"
         self.attempted_at = float("-inf")  # monotonic seconds
         self.refreshed_at = float("-inf")
@@ -1072,13 +1072,13 @@ class JwksClient:
                 self._refresh_if_due(kid, algorithm)
             finally:
                 self.lock.release()
-        if self.keys is None:
+        if self.rsa_keys is None:
             raise Refusal("provider", f"no keys of the OIDC provider: {self.failure}")
         return self.issuer, self._matching(kid, algorithm)
 
     def _matching(self, kid: Optional[str], algorithm: str) -> list[RsaKey]:
         """Return the known keys for a token with this kid (None: without one) and algorithm."""
-        known = [key for key in self.keys or () if key.algorithm in ("", algorithm)]
+        known = [key for key in self.rsa_keys or () if key.algorithm in ("", algorithm)]
         return [key for key in known if kid in (None, key.kid)]
 
     def _refresh_if_due(self, kid: Optional[str], algorithm: str) -> None:
@@ -1096,10 +1096,10 @@ class JwksClient:
                 url = parse_provider_url(document.get("jwks_uri"))
             except ValueError:
                 raise ValueError("the document has no issuer, or no jwks_uri over https") from None
-            self.keys = parse_rsa_keys(self._fetch(url))
+            self.rsa_keys = parse_rsa_keys(self._fetch(url))
             self.issuer = issuer
             self.refreshed_at = time.monotonic()
-            log.info("%d OIDC keys of %s", len(self.keys), issuer)
+            log.info("%d OIDC keys of %s", len(self.rsa_keys), issuer)
         except HTTP_ERRORS as error:
             self.failure = f"{self.oidc.well_known_url}: {error}"
             log.warning("no OIDC keys: %s", self.failure)
@@ -1218,37 +1218,37 @@ class ReplayCache:
         self.order: collections.deque[DedupKeys] = collections.deque()
         self.reserved: set[bytes] = set()
 
-    def reserve(self, keys: DedupKeys) -> bool:
+    def reserve(self, dedup_keys: DedupKeys) -> bool:
         """Reserve the keys of a delivery that is about to be stored; False if it is a duplicate."""
         with self.lock:
-            if not self.accepted.isdisjoint(keys):
+            if not self.accepted.isdisjoint(dedup_keys):
                 return False
-            if not self.reserved.isdisjoint(keys):
+            if not self.reserved.isdisjoint(dedup_keys):
                 raise Refusal("in_progress", "the same delivery is being stored at this moment")
-            self.reserved.update(keys)
+            self.reserved.update(dedup_keys)
             return True
 
-    def release(self, keys: DedupKeys) -> None:
+    def release(self, dedup_keys: DedupKeys) -> None:
         """Give up a reservation: the delivery was not stored."""
         with self.lock:
-            self.reserved.difference_update(keys)
+            self.reserved.difference_update(dedup_keys)
 
-    def commit(self, keys: DedupKeys) -> None:
+    def commit(self, dedup_keys: DedupKeys) -> None:
         """Remember a delivery that was stored."""
         with self.lock:
-            self.reserved.difference_update(keys)
-            if keys and self.accepted.isdisjoint(keys):
-                self.accepted.update(keys)
-                self.order.append(keys)
+            self.reserved.difference_update(dedup_keys)
+            if dedup_keys and self.accepted.isdisjoint(dedup_keys):
+                self.accepted.update(dedup_keys)
+                self.order.append(dedup_keys)
             if len(self.order) > REMEMBERED_DELIVERIES:
                 self.accepted.difference_update(self.order.popleft())
 
-    def restore(self, keys: DedupKeys) -> bool:
+    def restore(self, dedup_keys: DedupKeys) -> bool:
         """Remember a delivery stored before all others; return False if the cache is full."""
         with self.lock:
-            if self.accepted.isdisjoint(keys):
-                self.accepted.update(keys)
-                self.order.appendleft(keys)
+            if self.accepted.isdisjoint(dedup_keys):
+                self.accepted.update(dedup_keys)
+                self.order.appendleft(dedup_keys)
             return len(self.order) < REMEMBERED_DELIVERIES
 
 
@@ -1292,8 +1292,8 @@ def restore_replay_caches(path: str, caches: Mapping[str, ReplayCache], oldest: 
                 break
             has_lines = has_lines or bool(line)
             if match and match[2] in wanted:
-                keys = tuple(bytes.fromhex(part) for part in match[3].decode().split("."))
-                if not wanted[match[2]].restore(keys):
+                dedup_keys = tuple(bytes.fromhex(part) for part in match[3].decode().split("."))
+                if not wanted[match[2]].restore(dedup_keys):
                     del wanted[match[2]]
             if not wanted:
                 break
@@ -1499,11 +1499,13 @@ class Output:
         """Return True if the last write failed, or the present one takes too long."""
         return bool(self.error) or time.monotonic() > self.write_deadline
 
-    def render_entry(self, delivery: Delivery, keys: DedupKeys, replay_cache: ReplayCache) -> Entry:
+    def render_entry(
+        self, delivery: Delivery, dedup_keys: DedupKeys, replay_cache: ReplayCache
+    ) -> Entry:
         """Return a delivery, rendered for `write`."""
         line = render_json(delivery)
-        shown = line if self.render is render_json else self.render(delivery)
-        return Entry(delivery, keys, replay_cache, shown.encode(), line)
+        stdout_text = line if self.render is render_json else self.render(delivery)
+        return Entry(delivery, dedup_keys, replay_cache, stdout_text.encode(), line)
 
     def write(self, entry: Entry) -> None:
         """Write a delivery to stdout, then to the log file, synced; then commit its keys.
@@ -1933,8 +1935,8 @@ def parse_option(value: Any, where: str, option: Option, errors: list[str]) -> A
             found = found or describe_type(value)
         else:
             is_plain = isinstance(value, (str, int, float))
-            shown = json.dumps(value)[:100] if is_plain else describe_type(value)
-            found = f"{shown}: {found}".rstrip(": ")
+            value_text = json.dumps(value)[:100] if is_plain else describe_type(value)
+            found = f"{value_text}: {found}".rstrip(": ")
         errors.append(f"{where}: expected {option.expected}, found {found}")
         return None
 
@@ -1953,8 +1955,8 @@ def parse_options(
     for first, second in ALTERNATIVES:
         count = (first in raw) + (second in raw)
         if first in options and count != 1:
-            both = "both" if count else "neither"
-            errors.append(f"{prefix}{first}: expected {first} or {second}, found {both}")
+            given = "both" if count else "neither"
+            errors.append(f"{prefix}{first}: expected {first} or {second}, found {given}")
     values = {}
     for name, option in options.items():
         values[name] = option.default
@@ -2210,7 +2212,11 @@ def authenticate(
 
 
 def make_delivery(
-    settings: WebhookSettings, request: Request, verified: Verified, keys: DedupKeys, now: float
+    settings: WebhookSettings,
+    request: Request,
+    verified: Verified,
+    dedup_keys: DedupKeys,
+    now: float,
 ) -> Delivery:
     """Return the delivery of an authentic request; an API key in its body is masked."""
     text = json_text(request.body)
@@ -2225,7 +2231,7 @@ def make_delivery(
         sent_at = request.headers["x-central-delivery-timestamp"]
     elif verified.sent_time is not None and 0 <= verified.sent_time < 1e11:
         sent_at = format_utc(verified.sent_time)
-    key = ".".join([digest.hex() for digest in keys]) or None
+    key = ".".join([digest.hex() for digest in dedup_keys]) or None
     return Delivery(
         now, settings.name, settings.type, delivery_id, sent_at, request.body, text, key
     )
@@ -2888,8 +2894,8 @@ class Metrics:
                     f"{label}={json.dumps(text, ensure_ascii=False)}"
                     for label, text in zip(METRIC_LABELS, series[1:])
                 ]
-                shown = f"{{{','.join(labels)}}}" if labels else ""
-                lines.append(f"{name}{shown} {values[series]}")
+                label_text = f"{{{','.join(labels)}}}" if labels else ""
+                lines.append(f"{name}{label_text} {values[series]}")
         return ("\n".join(lines) + "\n").encode()
 
 
@@ -3187,13 +3193,13 @@ def start(config: Config, path: str, render: Callable[[Delivery], str]) -> int:
     server = WebhookServer(config, output, listener)
     server.restore_caches(server.webhooks, config.log_file)
     address: Any = listener.getsockname()
-    shown = f"{address}"
+    place = f"{address}"
     if isinstance(address, tuple):
-        shown = f"{address[0]} port {address[1]} (http://{format_host(address[0])}:{address[1]})"
+        place = f"{address[0]} port {address[1]} (http://{format_host(address[0])}:{address[1]})"
     webhooks = ", ".join(map(describe_webhook, config.webhook_settings))
     outputs = f"stdout, {config.log_file}" if config.log_file else "stdout"
     text = "%s %s listens on %s; webhooks: %s; output: %s"
-    log.info(text, PROGRAM, VERSION, shown, webhooks, outputs)
+    log.info(text, PROGRAM, VERSION, place, webhooks, outputs)
     return serve(server, path)
 
 
