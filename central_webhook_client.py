@@ -192,7 +192,8 @@ def verify_signature(body: bytes, headers: Mapping[str, str], token: str) -> Non
 
     Raises:
         SignatureError: a header is missing, empty or repeated, or the signature does not match.
-        TypeError, ValueError: the token is not a str, or empty, so that anybody could sign.
+        TypeError: the token is not a str.
+        ValueError: the token is empty, so that anybody could sign.
     """
     if not isinstance(token, str):
         raise TypeError("token: expected one str")
@@ -222,7 +223,7 @@ def verify_signature(body: bytes, headers: Mapping[str, str], token: str) -> Non
 
 
 class Delivery(NamedTuple):
-    """One delivery that was verified, recent and new."""
+    """One accepted delivery: verified, and recent and new as far as its type can tell."""
 
     received_at: float  # epoch seconds
     webhook: str  # the name in the configuration
@@ -2795,7 +2796,9 @@ class WebhookServer(ThreadingHTTPServer):
             log.warning("host and port change with a restart only")
         before = {webhook.settings.name: webhook for webhook in self.webhooks}
         webhooks = tuple(Webhook(settings) for settings in config.webhook_settings)
+        unknown = []  # whose caches lack lines of the log file
         for webhook in webhooks:
+            window = webhook.settings.replay_window_seconds
             old = before.get(webhook.settings.name)
             if old and old.settings.type != webhook.settings.type:
                 old = None  # another sender took its name
@@ -2806,9 +2809,12 @@ class WebhookServer(ThreadingHTTPServer):
                 webhook.removed_tokens = tuple(removed[:4])
                 if webhook.settings.oidc == old.settings.oidc:
                     webhook.jwks_client = old.jwks_client
+            has_same_window = old and old.settings.replay_window_seconds == window
+            if not has_same_window or config.log_file != self.config.log_file:
+                unknown.append(webhook)
         self.output.reload(config.log_file, config.request_timeout_seconds)
         try:
-            self.restore_caches(webhooks, config.log_file)
+            self.restore_caches(unknown, config.log_file)
         except OutputError:
             self.output.reload(self.config.log_file, self.config.request_timeout_seconds)
             raise

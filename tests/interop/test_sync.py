@@ -64,6 +64,9 @@ class Sync(LogTest):
                 for _ in range(2):
                     self.assertEqual(receiver.post(*sent).status, 503)
                     self.assertEqual(receiver.health(), 503)
+            receiver.reload(
+                pattern="configuration reloaded"
+            )  # remembers nothing of the failed ones
             self.assertEqual(receiver.post(*sent).json, OK)
             self.assertEqual(receiver.post(*sent).json, DUPLICATE)
             self.assertEqual(receiver.health(), 200)
