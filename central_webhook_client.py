@@ -1881,7 +1881,7 @@ class Option(NamedTuple):
 TEXT_OPTION = Option("a printable string that is not empty", parse_text)
 PATH_OPTION = Option(r"a path (in JSON, \\ stands for one backslash)", parse_text)
 SECRETS_OPTION = Option("a secret or an array of secrets", parse_secrets, is_secret=True)
-TOKEN_FILE_OPTION = Option("a file of tokens", load_tokens, is_secret=True)
+TOKEN_FILE_OPTION = Option("a file of tokens, relative to this file", load_tokens, is_secret=True)
 LOOPBACK_NETWORKS = parse_networks(["127.0.0.0/8", "::1"])
 API_KEY_OPTIONS = {
     "header": Option("the name of a header", lambda text: parse_text(text, FIELD_NAME)),

@@ -313,29 +313,21 @@ class Demo(unittest.TestCase):
                         self.assertEqual((alert["webhook"], alert["type"]), ("demo", "central"))
                         self.assertIsInstance(alert["alert"], dict)
 
+    def demo_with(self, handle_alert):
+        """Run the demo of a program whose `handle_alert` is this expression."""
+        code = "import sys, central_webhook_client as c"
+        code += f"; c.handle_alert = {handle_alert}; sys.exit(c.main(['--demo']))"
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=support.TOP, capture_output=True, text=True, timeout=30)
+
     def test_it_leaves_handle_alert_alone(self):
-        code = "import central_webhook_client as c; c.handle_alert = print; c.main(['--demo'])"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=support.TOP,
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
+        done = self.demo_with("print")
+        self.assertEqual(done.returncode, 0)
         self.assertIn("forged", done.stderr)
         self.assertNotIn("Delivery(", done.stdout)
 
-    def test_it_fails_where_the_start_would_for_handle_alert(self):
-        code = (
-            "import central_webhook_client as c; c.handle_alert = 5; c.sys.exit(c.main(['--demo']))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=support.TOP,
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
+    def test_a_handle_alert_that_the_start_would_refuse_is_refused(self):
+        done = self.demo_with("5")
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertIn("error: handle_alert: ", done.stderr)
 
